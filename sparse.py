@@ -1,0 +1,401 @@
+"""
+Gated attention: softmax attention in which every edge i <- j passes a Bernoulli gate.
+
+For one head with queries q_i, keys k_j, values v_j of size D, and one constant b:
+
+    s_ij = q_i . k_j / sqrt(D)                  logit, shared by the softmax and the gate
+    a_ij = softmax_j(s_ij)                      over all allowed keys, gates or not        (1)
+    A_ij ~ Bernoulli(p_ij)                      the gate, p_ij = sigmoid(s_ij + b)         (2)
+    y_i  = sum_j A_ij a_ij v_j                  not renormalised: no open gate, no output  (3)
+    E    = mean of p_ij over allowed pairs      expected share of open edges: the penalty  (4)
+
+The gate has no parameters of its own, so a pretrained transformer's weights load unchanged.
+Training samples A and sends the gradient straight through it; evaluation and analysis use
+A = 1[s + b > 0]. Source: arXiv 2512.05865; the gate comes from SPARTAN, arXiv 2411.06890.
+
+`naive` is the specification. `chunked` is the same in tiles, with memory linear in T.
+
+    python sparse.py        checks chunked against naive, then measures speed and memory
+"""
+
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+# -----------------------------------------------------------------------------
+# noise: one uniform number for each (sequence seed, head, i, j), whatever the tiles and the batch
+
+
+def fold_in(seed, n):
+    """A new int64 seed from a seed and a number, int64 tensors that broadcast (splitmix64)."""
+    z = torch.as_tensor(seed) + (torch.as_tensor(n) + 1) * -0x61C8864680B583EB  # modulo 2^64
+    z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # the masks make the shifts logical
+    z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return z ^ (z >> 31 & 0x1FFFFFFFF)
+
+
+def sequence_seeds(seed, B, device):
+    """The int64 (B,) seeds of a batch: a tensor stays as it is, an int means seed, seed + 1, ..."""
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return torch.arange(seed, seed + B, device=device)
+    if not torch.is_tensor(seed) or seed.dtype != torch.int64 or seed.shape != (B,):
+        got = f"{seed.dtype} {tuple(seed.shape)}" if torch.is_tensor(seed) else repr(seed)
+        raise ValueError(f"seed must be None, an int or an int64 tensor of shape ({B},), got {got}")
+    return seed.to(device)
+
+
+def noise_keys(seeds, H, T):
+    """int32 keys for `uniform`: start and stride of every row (B, H, T, 1), and columns (T,)."""
+    numbers = torch.arange(max(H, T), device=seeds.device)
+    heads = fold_in(seeds[:, None], numbers[:H])
+    rows = fold_in(heads[..., None, None], numbers[:T, None])
+    return rows.int(), (rows >> 32).int() | 1, fold_in(0, numbers[:T]).int()
+
+
+HALF = torch.tensor(0.5 + 2.0**-24)
+
+
+def uniform(start, stride, column, buffers=(None, None, None)):
+    """u_ij in (0, 1), float32, from noise_keys: rows (..., R, 1), columns (K,) -> (..., R, K).
+
+    Each row is a random multiply-add of the scrambled column number modulo 2^32, which makes any
+    two columns independent; an xor-shift and a multiply break what is linear in that. 23 bits
+    stay, in the middle of their cell: (bits + 1/2) / 2^23 is exact in float32, never 0 and never 1.
+    """
+    x, shifted, u = buffers
+    x = torch.mul(stride, column, out=x).add_(start)
+    x ^= torch.bitwise_right_shift(x, 16, out=shifted).bitwise_and_(0xFFFF)
+    x *= 0x7FEB352D
+    x >>= 9  # an arithmetic shift: bits - 2^22
+    u = x.float() if u is None else u.copy_(x)
+    return torch.add(HALF, u, alpha=2.0**-23, out=u)
+
+
+# -----------------------------------------------------------------------------
+# the specification
+
+
+def allowed_pairs(T, causal, device=None):
+    """Which keys j (columns) query i (row) may read, bool (T, T)."""
+    pairs = torch.ones(T, T, dtype=torch.bool, device=device)
+    return pairs.tril() if causal else pairs
+
+
+def gates(s, bias, seeds):
+    """The gates A of logits s (B, H, T, T): exactly 0 or 1, with the straight-through gradient.
+
+    A gate is open when s + b + n > 0 with n ~ Logistic(0, 1): probability sigmoid(s + b), (2).
+    In the backward pass it is sigmoid(s + b + n). Deterministic gates (no seeds) have n = 0.
+    """
+    x = s + bias
+    if seeds is not None:
+        u = uniform(*noise_keys(seeds, s.shape[1], s.shape[2]))
+        x = x - torch.logit(u.to(s.dtype))
+    soft = torch.sigmoid(x)
+    return (x > 0).to(s.dtype) + (soft - soft.detach())
+
+
+def naive(q, k, v, bias, seeds, causal):
+    """Equations 1-4 as they stand, q, k, v (B, H, T, D); holds several (B, H, T, T) tensors."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    T, D = q.shape[-2:]
+    allowed = allowed_pairs(T, causal, q.device)
+    s = (q @ k.mT / math.sqrt(D)).masked_fill(~allowed, -torch.inf)
+    a = torch.softmax(s, dim=-1)  # (1)
+    A = gates(s, bias, seeds)  # (2)
+    y = (A * a) @ v  # (3)
+    E = torch.sigmoid(s + bias).sum((-2, -1)) / allowed.sum()  # (4), one a head
+    return y, E, A.detach().sum((-2, -1)) / allowed.sum()
+
+
+# -----------------------------------------------------------------------------
+# the same in tiles: some heads by 64 query rows at a time, computed again in the backward pass
+
+ROWS, TILE = 64, 2**18  # query rows and logits (1 MiB of float32) in a tile, measured
+
+
+def tiles(N, T, causal):
+    """Slices (heads, queries, keys) that cover N heads, TILE logits each or less.
+
+    Rows are whole, so a tile holds its softmax. Under the causal mask they end with the tile's
+    last query, which skips the upper triangle.
+    """
+    rows = min(ROWS, T)
+    heads = max(1, TILE // (rows * T))
+    for n in range(0, N, heads):
+        for i in range(0, T, rows):
+            end = min(i + rows, T)
+            yield slice(n, min(n + heads, N)), slice(i, end), slice(0, end if causal else T)
+
+
+class Tile:
+    """Computes one tile after another in the same few buffers, which is faster than allocating."""
+
+    def __init__(self, q, k, bias, seeds, causal):
+        (N, T, D), rows = q.shape, min(ROWS, q.shape[1])
+        self.q, self.k, self.bias, self.keys = q / math.sqrt(D), k, bias, None
+        if seeds is not None:
+            start, stride, column = noise_keys(seeds, N // len(seeds), T)
+            self.keys = start.flatten(0, 1), stride.flatten(0, 1), column
+        self.corner = torch.full((rows, rows), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+        self.causal = causal
+        size = min(N, max(1, TILE // (rows * T))) * rows * T
+        dtypes = [q.dtype] * 6 + [torch.int32] * 2
+        self.memory = [torch.empty(size, dtype=dtype, device=q.device) for dtype in dtypes]
+        self.shaped = {}
+
+    def buffers(self, *shape):
+        if shape not in self.shaped:
+            self.shaped[shape] = [x[: math.prod(shape)].view(shape) for x in self.memory]
+        return self.shaped[shape]
+
+    def __call__(self, n, i, j):
+        """s, p, A, u (None for deterministic gates) and two free buffers, all (G, R, K)."""
+        q, k = self.q[n, i], self.k[n, j]  # (G, R, D), (G, K, D)
+        s, p, A, u, free1, free2, *ints = self.buffers(len(q), q.shape[1], k.shape[1])
+        torch.bmm(q, k.mT, out=s)
+        if self.causal:  # only the last rows x rows square holds pairs that are not allowed
+            R = q.shape[1]
+            s[..., -R:].add_(self.corner[:R, :R])
+        torch.add(s, self.bias, out=p)
+        if self.keys is None:
+            torch.gt(p, 0, out=A)
+            return s, p.sigmoid_(), A, None, free1, free2
+        start, stride, column = self.keys
+        uniform(start[n, i], stride[n, i], column[j], (*ints, u))
+        torch.lt(u, p.sigmoid_(), out=A)  # as likely as s + b + n > 0
+        return s, p, A, u, free1, free2
+
+
+class Chunked(torch.autograd.Function):
+    """`naive` for q (B * H, T, D) and k, v (B * H_kv, T, D), one seed for each of the B sequences.
+
+    Saves q, k, v, y, the log-sum-exp of each row and the seeds. With r = dE / pairs, w = p (1 - p)
+    and g = sigmoid(s + b + n), the gradients are
+        ds = a ((A + g (1 - g)) (dy V^T) - dy . y) + r w,  dQ = ds K,  dK = ds^T Q,  dV = (A a)^T dy
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, seeds, causal):
+        inputs, group = (q, k, v), len(q) // len(k)
+        if group > 1:
+            k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
+        N, T, _ = q.shape
+        y, lse = torch.empty_like(q), q.new_empty(N, T, 1)
+        E, share = q.new_zeros(N), q.new_zeros(N)
+        tile = Tile(q, k, bias, seeds, causal)
+        for n, i, j in tiles(N, T, causal):
+            s, p, A, *_ = tile(n, i, j)
+            top = s.amax(-1, keepdim=True)
+            e = s.sub_(top).exp_()
+            z = e.sum(-1, keepdim=True)  # over all allowed keys: a = e / z
+            torch.div(torch.bmm(e.mul_(A), v[n, j]), z, out=y[n, i])
+            torch.add(top, z.log(), out=lse[n, i])
+            E[n].add_(p.sum((-2, -1)))
+            share[n].add_(A.sum((-2, -1)))
+        pairs = T * (T + 1) // 2 if causal else T * T
+        ctx.save_for_backward(*inputs, y, lse, seeds)
+        ctx.bias, ctx.causal, ctx.pairs = bias, causal, pairs
+        ctx.mark_non_differentiable(share)
+        return y, E.div_(pairs), share.div_(pairs)
+
+    @staticmethod
+    def backward(ctx, dy, dE, _):
+        q, k, v, y, lse, seeds = ctx.saved_tensors
+        group = len(q) // len(k)
+        if group > 1:
+            k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        delta = (dy * y).sum(-1, keepdim=True)  # the softmax's own term, (N, T, 1)
+        r = (dE / ctx.pairs)[:, None, None]
+        tile = Tile(q, k, ctx.bias, seeds, ctx.causal)
+        for n, i, j in tiles(*q.shape[:2], ctx.causal):
+            s, p, A, u, w, dA = tile(n, i, j)
+            a = s.sub_(lse[n, i]).exp_()
+            torch.addcmul(p, p, p, value=-1, out=w)
+            slope = p.copy_(w) if u is None else straight_through_slope(p, u, dA)
+            slope += A
+            dv[n, j].baddbmm_(A.mul_(a).mT, dy[n, i])
+            torch.bmm(dy[n, i], v[n, j].mT, out=dA)
+            ds = slope.mul_(dA).sub_(delta[n, i]).mul_(a).add_(w.mul_(r[n]))
+            torch.div(torch.bmm(ds, k[n, j]), math.sqrt(q.shape[-1]), out=dq[n, i])
+            dk[n, j].baddbmm_(ds.mT, tile.q[n, i])
+        if group > 1:
+            dk, dv = (x.unflatten(0, (-1, group)).sum(1) for x in (dk, dv))
+        return dq, dk, dv, None, None, None
+
+
+def straight_through_slope(p, u, work):
+    """g (1 - g), g = sigmoid(s + b - logit(u)), without a logarithm; overwrites all three.
+
+    g is x / (x + z) with x = p (1 - u) and z = u (1 - p), so g (1 - g) = x z / (x + z)^2.
+    """
+    pu = torch.mul(p, u, out=work)
+    x, z = p.sub_(pu), u.sub_(pu)
+    total = torch.add(x, z, out=work)
+    return x.mul_(z).div_(total.mul_(total))
+
+
+def chunked(q, k, v, bias, seeds, causal):
+    """`naive` by tiles: see Chunked."""
+    y, *edges = Chunked.apply(*(x.flatten(0, 1) for x in (q, k, v)), bias, seeds, causal)
+    return y.view(q.shape), *(x.view(q.shape[:2]) for x in edges)
+
+
+# -----------------------------------------------------------------------------
+# what the rest of the project calls
+
+IMPLEMENTATIONS = {"naive": naive, "chunked": chunked, "auto": chunked}
+
+
+def gated_attention(q, k, v, bias=0.0, seed=None, causal=True, impl="auto"):
+    """Attention through Bernoulli gates, equations 1-4.
+
+    q (B, H, T, D); k, v (B, H_kv, T, D), H a multiple of H_kv, one gate a query head; any float
+    dtype. bias: the constant b. seed: None for deterministic gates A = 1[s + b > 0]; an int
+    (sequence n of the batch has seed + n) or int64 (B,) for sampled ones. impl: IMPLEMENTATIONS.
+    Returns y (B, H, T, D) in q's dtype; open_prob (B, H), E of each head, differentiable; and
+    open_frac (B, H), the share of allowed pairs whose gate is 1, without gradient. Everything
+    inside, and both shares, are float32 whatever q is (float64 if q is). Bad input: ValueError.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    (q_, k_, v_), bias, seeds = checked(q, k, v, bias, seed)
+    with torch.autocast(q.device.type, enabled=False):
+        y, open_prob, open_frac = IMPLEMENTATIONS[impl](q_, k_, v_, bias, seeds, causal)
+    return y.to(q.dtype), open_prob, open_frac
+
+
+def gate_map(q, k, bias=0.0, seed=None, causal=True):
+    """The gates themselves, bool (B, H, T, T), False on pairs that are not allowed; no gradient."""
+    (q, k, _), bias, seeds = checked(q, k, k, bias, seed)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        open_ = gates(q @ k.mT / math.sqrt(q.shape[-1]), bias, seeds).bool()
+    return open_ & allowed_pairs(q.shape[2], causal, q.device)
+
+
+def checked(q, k, v, bias, seed):
+    """The inputs in the dtype to compute in, or a ValueError in one line."""
+    shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+    if not all(x.dim() == 4 and x.is_floating_point() for x in (q, k, v)):
+        raise ValueError(f"q, k, v must be float tensors (batch, heads, T, head size), got {shapes}")
+    B, H, T, D = q.shape
+    if k.shape != v.shape or k.shape != (B, k.shape[1], T, D) or 0 in (*q.shape, *k.shape):
+        raise ValueError(f"q (B, H, T, D) and k, v (B, H_kv, T, D) do not fit together: {shapes}")
+    if H % k.shape[1]:
+        raise ValueError(f"{H} query heads are not a multiple of {k.shape[1]} key-value heads")
+    if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not math.isfinite(bias):
+        raise ValueError(f"the gate bias must be a finite number, got {bias!r}")
+    seeds = None if seed is None else sequence_seeds(seed, B, q.device)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return [x.to(dtype) for x in (q, k, v)], float(bias), seeds
+
+# -----------------------------------------------------------------------------
+# run as a script: the fast form equals the naive one, and what it costs
+
+
+@dataclass
+class Flags:
+    out: str = "out/sparse"  # folder for results.json
+    rounds: int = 5  # timings of each case, interleaved; the median counts
+    threads: int = 1  # CPU threads
+
+    def __post_init__(self):
+        if min(self.rounds, self.threads) < 1:
+            raise ValueError("--rounds and --threads must be at least 1")
+
+
+def forward_backward(impl, B, T, H=12, D=64, dtype=torch.float32):
+    """A function that runs causal attention forward and backward once and returns everything."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    random = torch.Generator().manual_seed(0)
+    q, k, v, dy = (torch.randn(B, H, T, D, generator=random).to(device, dtype) for _ in range(4))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+
+    def run():
+        if impl == "sdpa":
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return y, *torch.autograd.grad(y, inputs, dy)
+        y, E, _ = gated_attention(q, k, v, bias=0.5, seed=0, impl=impl)
+        return y, E, *torch.autograd.grad([y, E.sum()], inputs, [dy, dy.new_ones(())])
+
+    return run
+
+
+def seconds(run):
+    """Wall time of one run."""
+    start = time.perf_counter()
+    result = run()
+    if result[0].is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def extra_memory(impl, B, T):
+    """Peak MiB held beyond the inputs by one forward and backward pass, in a fresh process."""
+    forward_backward(impl, 1, 8)()
+    run = forward_backward(impl, B, T)
+    before = peak_memory()
+    run()
+    return peak_memory() - before
+
+
+def peak_memory():
+    """The most MiB this process has held so far, as Linux counts them."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
+
+
+def main(flags):
+    from plumbing.flags import open_folder, write_results
+
+    started = time.time()
+    open_folder(flags.out)
+    torch.set_num_threads(flags.threads)
+    print("chunked against naive, 2 x 12 heads x 200 tokens x 64, sampled gates:")
+    exact = forward_backward("naive", 2, 200, dtype=torch.float64)()
+    fast = forward_backward("chunked", 2, 200)()
+    errors = [((f - e).norm() / e.norm()).item() for f, e in zip(fast, exact)]
+    print("  relative error of y, E, dq, dk, dv:", " ".join(f"{e:.0e}" for e in errors))
+
+    print(f"\nforward + backward, 12 heads x 64, causal, float32, {flags.threads} CPU thread(s):")
+    print("time / F.scaled_dot_product_attention's, medians; MiB held beyond the inputs")
+    print(f"{'B':>3} {'T':>5} | {'sdpa ms':>8} {'naive':>6} {'chunked':>7} | "
+          f"{'sdpa MiB':>8} {'naive':>6} {'chunked':>7}")
+    impls, table = ["sdpa", "naive", "chunked"], []
+    for B, T in [(B, T) for T in (256, 512, 1024) for B in (1, 4)] + [(1, 4096)]:
+        row = {"B": B, "T": T}
+        timed = [impl for impl in impls if T < 4096 or impl != "naive"]  # naive holds 8 GiB there
+        runs = {impl: forward_backward(impl, B, T) for impl in timed}
+        times = {impl: [] for impl in timed}
+        for _ in range(flags.rounds):
+            for impl in timed:
+                times[impl].append(seconds(runs[impl]))
+        medians = {impl: statistics.median(t) for impl, t in times.items()}
+        for impl in timed:
+            row[f"ms_{impl}"] = round(1e3 * medians[impl], 2)
+            row[f"ratio_{impl}"] = round(medians[impl] / medians["sdpa"], 3)
+            code = f"import sparse; print(sparse.extra_memory({impl!r}, {B}, {T}))"
+            child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                                   cwd=os.path.dirname(os.path.abspath(__file__)))
+            row[f"mib_{impl}"] = round(float(child.stdout), 1) if child.returncode == 0 else None
+        table.append(row)
+        cell = {key: "-" if row.get(key) is None else row[key] for key in
+                [f"{kind}_{impl}" for kind in ("ratio", "mib") for impl in impls]}
+        print(f"{B:3} {T:5} | {row['ms_sdpa']:8} {cell['ratio_naive']:>6} {cell['ratio_chunked']:>7} |"
+              f" {cell['mib_sdpa']:>8} {cell['mib_naive']:>6} {cell['mib_chunked']:>7}", flush=True)
+    print("\nwrote", write_results(flags.out, started, relative_errors=errors, table=table))
+
+
+if __name__ == "__main__":
+    from plumbing import flags
+
+    flags.run(main, Flags, __doc__)
