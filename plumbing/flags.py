@@ -1,0 +1,128 @@
+"""Command lines from dataclasses, one-line errors, and the result files every script writes."""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import types
+import typing
+
+import torch
+
+# -----------------------------------------------------------------------------
+# flags: a field of the dataclass is a flag, the comment behind it is its help
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        if unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+            message = f"unknown flag {unknown[1]}" + (f", did you mean {close[0]}?" if close else "")
+        raise ValueError(f"{message} (--help lists the flags)")
+
+
+def parse(flags, argv=None, doc=None):
+    """An instance of the dataclass `flags` from the command line: --lr 1, --lr=1, --no-compile.
+
+    A flag of type `int | None` (or float, str) is None until given. Bad input: ValueError.
+    """
+    parser = Parser(description=doc, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    helps = dict(re.findall(r"^    (\w+) *:[^#\n]*#+ *(.*)$", inspect.getsource(flags), re.M))
+    kinds = typing.get_type_hints(flags)
+    for field in dataclasses.fields(flags):
+        kind, name = kinds[field.name], "--" + field.name.replace("_", "-")
+        if isinstance(kind, types.UnionType):
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        note = f"{helps.get(field.name, '')} [{field.default}]".replace("%", "%%")
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        if kind is not bool:
+            how["metavar"] = kind.__name__.upper()
+        parser.add_argument(name, default=field.default, help=note, **how)
+    return flags(**vars(parser.parse_args(argv)))
+
+
+def run(main, flags, doc=None):
+    """main(flags from the command line); what the user can mend ends in one line and exit code 2."""
+    try:
+        main(parse(flags, doc=doc))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
+
+
+# -----------------------------------------------------------------------------
+# result files: whole or not at all
+
+
+def replace(path, write):
+    """write(temporary path), then rename: a reader, or a crash, never meets half a file."""
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def open_folder(path):
+    """Make the output folder and prove that it can be written, before any work is done."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        probe = os.path.join(path, f".probe{os.getpid()}")
+        open(probe, "w").close()
+        os.remove(probe)
+    except OSError as error:
+        raise ValueError(f"can not write to the output folder {path!r}: {error.strerror}") from None
+    return path
+
+
+def header():
+    """What a number needs to be believed: command, commit, versions, device."""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    git = ["git", "-C", here]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True).stdout
+    except OSError:  # no git on this machine
+        commit = dirty = ""
+    cuda = torch.cuda.is_available()
+    return {
+        "command": " ".join(["python", os.path.relpath(sys.argv[0], here), *sys.argv[1:]]),
+        "commit": (commit.strip() + (" + changes" if dirty else "")) or None,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "platform": platform.platform(),
+    }
+
+
+def write_results(folder, started, **results):
+    """results.json: the header, the seconds since time.time() == started, and the results."""
+    content = header() | {"seconds": round(time.time() - started, 1)} | results
+    text = json.dumps(content, indent=1) + "\n"
+    path = os.path.join(folder, "results.json")
+    replace(path, lambda p: open(p, "w").write(text))
+    return path
+
+
+class Log:
+    """log.jsonl: a header line, then one line a record, each flushed as it comes."""
+
+    def __init__(self, folder, **config):
+        self.file = open(os.path.join(folder, "log.jsonl"), "w")
+        self.write(**header(), config=config)
+
+    def write(self, **record):
+        print(json.dumps(record), file=self.file, flush=True)
