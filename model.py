@@ -45,6 +45,7 @@ class Config:
     causal: bool = True  # False: every position reads every other
     sparse: bool = False  # gate the attention edges
     gate_bias: float = 0.0  # b: a gate is open with probability sigmoid(s + b)
+    init_std: float = 0.02  # of the random initial weights; small models want more
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -183,11 +184,12 @@ class Transformer(nn.Module):
     def init(self, module):
         """GPT-2's initialisation; what adds to the residual stream is scaled down with depth."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=self.config.init_std)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, (Attention, MLP)):
-            nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            std = self.config.init_std / math.sqrt(2 * self.config.n_layer)
+            nn.init.normal_(module.c_proj.weight, std=std)
 
     def forward(self, idx, targets=None, seed=None, tap=None):
         """idx (B, T) int64 -> logits (B, T, vocab_size), loss, edges.

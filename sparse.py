@@ -219,12 +219,12 @@ class Chunked(torch.autograd.Function):
         for n, i, j in tiles(*q.shape[:2], ctx.causal):
             s, p, A, u, w, dA = tile(n, i, j)
             a = s.sub_(lse[n, i]).exp_()
-            torch.addcmul(p, p, p, value=-1, out=w)
-            slope = p.copy_(w) if u is None else straight_through_slope(p, u, dA)
-            slope += A
+            torch.addcmul(p, p, p, value=-1, out=w)  # p (1 - p)
+            g = p if u is None else sampled_gate(p, u, dA)
+            slope = g.addcmul_(g, g, value=-1).add_(A)  # of A a with respect to s, over a
             dv[n, j].baddbmm_(A.mul_(a).mT, dy[n, i])
             torch.bmm(dy[n, i], v[n, j].mT, out=dA)
-            ds = slope.mul_(dA).sub_(delta[n, i]).mul_(a).add_(w.mul_(r[n]))
+            ds = slope.mul_(dA).sub_(delta[n, i]).mul_(a).addcmul_(w, r[n])
             torch.div(torch.bmm(ds, k[n, j]), math.sqrt(q.shape[-1]), out=dq[n, i])
             dk[n, j].baddbmm_(ds.mT, tile.q[n, i])
         if group > 1:
@@ -232,15 +232,14 @@ class Chunked(torch.autograd.Function):
         return dq, dk, dv, None, None, None
 
 
-def straight_through_slope(p, u, work):
-    """g (1 - g), g = sigmoid(s + b - logit(u)), without a logarithm; overwrites all three.
+def sampled_gate(p, u, work):
+    """g = sigmoid(s + b - logit(u)) without a logarithm, in place of p; overwrites all three.
 
-    g is x / (x + z) with x = p (1 - u) and z = u (1 - p), so g (1 - g) = x z / (x + z)^2.
+    The odds of g are those of p over those of u: g = x / (x + z), x = p (1 - u), z = u (1 - p).
     """
     pu = torch.mul(p, u, out=work)
     x, z = p.sub_(pu), u.sub_(pu)
-    total = torch.add(x, z, out=work)
-    return x.mul_(z).div_(total.mul_(total))
+    return x.div_(z.add_(x))
 
 
 def chunked(q, k, v, bias, seeds, causal):

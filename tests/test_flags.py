@@ -1,0 +1,102 @@
+"""Command lines and result files."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from plumbing import flags
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@dataclass
+class Example:
+    lr: float = 1e-3  # learning rate, 100% of it
+    steps: int = 10  # how many
+    compile: bool = False  # slower start
+    tau: float | None = None  # a bound
+    data_dir: str = "data"  # where
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError("--steps must be at least 1")
+
+
+def test_every_way_of_writing_a_flag():
+    assert flags.parse(Example, []) == Example()
+    assert flags.parse(Example, ["--lr", "1"]).lr == flags.parse(Example, ["--lr=1"]).lr == 1.0
+    assert flags.parse(Example, ["--compile"]).compile is True
+    assert flags.parse(Example, ["--compile", "--no-compile"]).compile is False
+    assert flags.parse(Example, ["--tau", "2e-3"]).tau == 0.002
+    assert flags.parse(Example, ["--data-dir", "x"]).data_dir == "x"
+
+
+def test_help_shows_every_comment_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        flags.parse(Example, ["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    for text in ("learning rate, 100% of it", "[0.001]", "--no-compile", "--data-dir", "how many"):
+        assert text in shown
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [(["--lr", "abc"], "--lr: invalid float value: 'abc'"), (["--stepz", "3"], "did you mean --steps"),
+     (["--lr"], "expected one argument"), (["--steps", "0"], "must be at least 1"),
+     (["--st", "3"], "unknown flag --st"), (["stray"], "stray"), (["--compile=1"], "--compile")]
+)
+def test_bad_flags_are_value_errors(argv, message):
+    with pytest.raises(ValueError, match=message):
+        flags.parse(Example, argv)
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [("geco.py --tau 0", "--tau"), ("geco.py --steps 0", "--steps"), ("sparse.py --rounds 0", "--rounds"),
+     ("addition_toy.py --steps 0", "--steps"), ("addition_toy.py --stepz 5", "did you mean --steps"),
+     ("addition_toy.py --slack 0", "--slack"), ("addition_toy.py --n-head 3", "n_head 3"),
+     ("addition_toy.py --out /proc/nowhere", "output folder"),
+     ("geco.py --out /proc/nowhere", "output folder")]
+)
+def test_scripts_end_bad_input_with_one_line_and_code_2(command, message, tmp_path):
+    run = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1 and message in run.stderr
+
+
+def test_an_output_folder_that_is_a_file_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "out"
+    path.write_text("mine")
+    with pytest.raises(ValueError, match="output folder"):
+        flags.open_folder(str(path))
+    assert path.read_text() == "mine"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = str(tmp_path / "results.json")
+    flags.replace(path, lambda p: open(p, "w").write("old"))
+
+    def half(p):
+        open(p, "w").write("ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        flags.replace(path, half)
+    assert open(path).read() == "old" and os.listdir(tmp_path) == ["results.json"]
+
+
+def test_results_and_log_carry_a_header(tmp_path):
+    path = flags.write_results(str(tmp_path), 0.0, exact=1.0)
+    log = flags.Log(str(tmp_path), lr=0.1)
+    log.write(step=1, ce=0.5)
+    results = json.load(open(path))
+    lines = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    for header in (results, lines[0]):
+        assert {"command", "commit", "torch", "device"} <= header.keys()
+    assert results["exact"] == 1.0 and "seconds" in results
+    assert lines[0]["config"] == {"lr": 0.1} and lines[1] == {"step": 1, "ce": 0.5}
