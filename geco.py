@@ -36,7 +36,8 @@ class GECO:
     at e = 1; kp: proportional term; ema in [0, 1). Bad values: ValueError.
     """
 
-    def __init__(self, tau, nu=0.01, kp=0.5, ema=0.95, width=1.0, lam=1.0, lam_min=1e-2, lam_max=1e2):
+    def __init__(self, tau, nu=0.01, kp=0.5, ema=0.95, width=1.0, lam=1.0, lam_min=0.01,
+                 lam_max=100.0):
         for name, value in dict(tau=tau, nu=nu, width=width, lam_min=lam_min).items():
             if not (0 < value < math.inf):
                 raise ValueError(f"{name} must be a positive number, got {value}")
@@ -114,7 +115,8 @@ def main(flags):
         optimizer.step()
         geco.update(constraint.item() * math.exp(0.2 * torch.randn(()).item() - 0.02))
     # the nearest point lies on the line to the centre: E = (5 - r)^2, lambda = (5 - r) / r
-    expected = {"objective": (5 - radius) ** 2, "constraint": flags.tau, "lambda": (5 - radius) / radius}
+    expected = {"objective": (5 - radius) ** 2, "constraint": flags.tau,
+                "lambda": (5 - radius) / radius}
     tail = torch.tensor(trace[-max(1, flags.steps // 10):]).mean(0).tolist()
     measured = dict(zip(expected, tail))
     for name in expected:

@@ -8,7 +8,9 @@ With config.sparse every attention edge passes a gate (sparse.py). The gates bri
 so a sparse and a dense model have the same state dict.
 """
 
+import json
 import math
+import os
 from collections import namedtuple
 from dataclasses import asdict, dataclass
 
@@ -16,6 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from plumbing import hub
+from plumbing.flags import open_folder, replace
 from sparse import fold_in, gated_attention, sequence_seeds
 
 # -----------------------------------------------------------------------------
@@ -159,7 +163,7 @@ class Block(nn.Module):
         self.ln_2, self.mlp = make_norm(config), MLP(config)
 
     def forward(self, x, angle, seed, tap):
-        """x (B, T, C) -> (B, T, C) and the attention's edges. A tap on .in leaves the skip as it is."""
+        """x (B, T, C) -> (B, T, C), the attention's edges. A tap on .in does not touch the skip."""
         read = self.ln_1(tap("attn.in", x))
         out, edges = self.attn(read, angle, seed, lambda name, t: tap("attn." + name, t))
         x = x + tap("attn.out", out)
@@ -226,3 +230,161 @@ class Transformer(nn.Module):
             return logits, loss, None
         prob, open_ = (torch.stack([e.mean(0) for e in share]) for share in zip(*edges))
         return logits, loss, Edges(prob, open_)
+
+    # -------------------------------------------------------------------------
+    # weights in and out; the tables of names are below
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, **overrides):
+        """A model with the weights of `name_or_path`, float32; overrides replace Config fields.
+
+        A hub name ("gpt2", "owner/name"); a local Hugging Face folder; the paper authors'
+        final.pth; a checkpoint of train.py or addition_toy.py. Every tensor is accounted for, by
+        name and shape: ValueError says what is missing, left over or of another shape.
+        """
+        settings, weights = read_checkpoint(name_or_path)
+        config = Config(**settings | overrides)
+        with torch.device("meta"):  # shapes without memory: the weights are held once
+            model = cls(config)
+        if config.tied_head:
+            weights.setdefault("lm_head.weight", weights.get("wte.weight"))
+        check_names(name_or_path, weights, model.state_dict())
+        weights = {name: t.to(torch.float32) for name, t in weights.items()}
+        model.load_state_dict(weights, assign=True)
+        if config.tied_head:
+            model.lm_head.weight = model.wte.weight
+        return model
+
+    def save_pretrained(self, folder):
+        """A Hugging Face folder, config.json and model.safetensors, that transformers opens.
+
+        transformers knows no gates: it runs a sparse model as the dense one of the same weights.
+        The README has the lines that give it the gate.
+        """
+        settings, weights = to_gpt2(self.config, self.state_dict())
+        open_folder(folder)
+        hub.write_safetensors(os.path.join(folder, "model.safetensors"), weights)
+        text = json.dumps(settings, indent=2) + "\n"
+        replace(os.path.join(folder, "config.json"), lambda path: open(path, "w").write(text))
+        if self.config.sparse:
+            print(f"note: transformers opens {folder} as a dense model; the README adds its gates")
+
+    def save_checkpoint(self, path, **more):
+        """Config, weights and plain data in one file that from_pretrained opens."""
+        content = {"config": asdict(self.config), "model": self.state_dict()} | more
+        replace(path, lambda temporary: torch.save(content, temporary))
+
+
+# -----------------------------------------------------------------------------
+# which tensor of which checkpoint goes where
+
+
+def read_checkpoint(name_or_path):
+    """(Config fields, {our name: tensor}) of anything that from_pretrained opens."""
+    path = hub.fetch_model(name_or_path)
+    if os.path.isfile(path):
+        content = hub.read_pickle(path)
+        if isinstance(content, dict) and content.keys() >= {"config", "model"}:
+            return content["config"], content["model"]
+        return from_nanogpt(path, content)
+    try:
+        with open(os.path.join(path, "config.json")) as f:
+            settings = json.load(f)
+    except FileNotFoundError:
+        raise ValueError(f"{path} has no config.json: give a Hugging Face folder (config.json + "
+                         "model.safetensors), a checkpoint file or a hub name") from None
+    except ValueError:
+        raise ValueError(f"{path}/config.json is not valid JSON: get it again") from None
+    if settings.get("model_type") != "gpt2":
+        raise ValueError(f"{path} is a {settings.get('model_type')!r} model, known is: gpt2")
+    return from_gpt2(path, settings, hub.read_weights(path))
+
+
+def check_names(source, weights, wanted):
+    """ValueError unless weights has the names and shapes of wanted, one for one."""
+    missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    for problem, names in (("lacks", missing), ("has the unknown", extra)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{source} {problem} tensor {names[0]}{more}: its settings and its "
+                             "weights are not of the same model")
+    for name, t in weights.items():
+        if t.shape != wanted[name].shape:
+            raise ValueError(f"{source}: {name} has shape {tuple(t.shape)}, the settings ask for "
+                             f"{tuple(wanted[name].shape)}")
+
+
+# Config's fields by their names in a GPT-2 config.json
+GPT2_FIELDS = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer",
+               "n_head": "n_head", "n_embd": "n_embd", "n_inner": "n_inner",
+               "norm_eps": "layer_norm_epsilon"}
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Conv1D stores (in, out)
+
+
+def from_gpt2(source, settings, weights):
+    """A Hugging Face GPT-2: config.json and tensors, names with or without "transformer."."""
+    defaults = {"activation_function": "gelu_new", "scale_attn_weights": True,
+                "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+    for key, value in defaults.items():
+        if settings.get(key, value) not in (value, "gelu_pytorch_tanh"):
+            raise ValueError(f"{source} has {key} = {settings[key]!r}, which is not built here")
+    fields = {ours: settings[theirs] for ours, theirs in GPT2_FIELDS.items() if theirs in settings}
+    fields["tied_head"] = settings.get("tie_word_embeddings", True)
+    if gates := settings.get("sparse_attention"):
+        fields |= {"sparse": True, "gate_bias": gates["gate_bias"]}
+    ours = {}
+    for name, t in weights.items():
+        name = name.removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue  # the causal mask, stored by old versions
+        ours[name] = t.t().contiguous() if name.endswith(TRANSPOSED) else t
+    return fields, ours
+
+
+def to_gpt2(config, weights):
+    """The inverse of from_gpt2: (config.json as a dict, {their name: tensor})."""
+    if (config.norm, config.position, config.mlp) != ("layernorm", "learned", "gelu") or not (
+            config.causal and config.attention_bias and config.mlp_bias
+            and config.n_kv_head == config.n_head):
+        raise ValueError("only GPT-2's architecture has a Hugging Face layout here: causal, biases, "
+                         "layernorm, learned positions, gelu, as many key-value heads as heads")
+    settings = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
+                "activation_function": "gelu_new", "tie_word_embeddings": config.tied_head,
+                "torch_dtype": "float32", "bos_token_id": config.vocab_size - 1,
+                "eos_token_id": config.vocab_size - 1}
+    settings |= {theirs: getattr(config, ours) for ours, theirs in GPT2_FIELDS.items()}
+    if config.sparse:
+        settings["sparse_attention"] = {"gate_bias": config.gate_bias}
+    theirs = {}
+    for name, t in weights.items():
+        if name == "lm_head.weight":
+            if not config.tied_head:
+                theirs[name] = t
+            continue
+        theirs["transformer." + name] = t.t().contiguous() if name.endswith(TRANSPOSED) else t
+    return settings, theirs
+
+
+def from_nanogpt(source, weights):
+    """The paper authors' final.pth: a nanoGPT state dict, (out, in) matrices, b = 0, gates on.
+
+    It has no settings beside it: sizes are read off the tensors, heads are 64 wide as in GPT-2.
+    """
+    weights = weights.get("model", weights) if isinstance(weights, dict) else {}
+    ours = {}
+    for name, t in weights.items():
+        for prefix in ("_orig_mod.", "module.", "transformer."):
+            name = name.removeprefix(prefix)
+        if not name.endswith(".attn.bias"):  # the causal mask
+            ours[name] = t
+    if not {"wte.weight", "wpe.weight", "ln_f.weight"} <= ours.keys():
+        raise ValueError(f"{source} is neither this project's checkpoint nor a nanoGPT state dict")
+    vocab_size, n_embd = ours["wte.weight"].shape
+    layers = {int(name.split(".")[1]) for name in ours if name.startswith("h.")}
+    fields = {"vocab_size": vocab_size, "n_embd": n_embd, "n_head": n_embd // 64,
+              "n_layer": len(layers), "block_size": len(ours["wpe.weight"]),
+              "attention_bias": "h.0.attn.c_attn.bias" in ours,
+              "mlp_bias": "h.0.mlp.c_fc.bias" in ours, "sparse": True, "gate_bias": 0.0}
+    for name in [name for name in ours if ".ln_" in "." + name and name.endswith(".weight")]:
+        ours.setdefault(name.replace(".weight", ".bias"), torch.zeros(n_embd))  # trained without
+    return fields, ours

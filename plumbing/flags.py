@@ -118,11 +118,21 @@ def write_results(folder, started, **results):
 
 
 class Log:
-    """log.jsonl: a header line, then one line a record, each flushed as it comes."""
+    """log.jsonl: a header line, then one line a record, each flushed as it comes.
 
-    def __init__(self, folder, **config):
-        self.file = open(os.path.join(folder, "log.jsonl"), "w")
-        self.write(**header(), config=config)
+    append_after: go on with the file of a stopped run, without its records of later steps.
+    """
+
+    def __init__(self, folder, append_after=None, **config):
+        path = os.path.join(folder, "log.jsonl")
+        kept = []
+        if append_after is not None and os.path.exists(path):
+            with open(path) as f:
+                kept = [line for line in f if json.loads(line).get("step", 0) <= append_after]
+            replace(path, lambda temporary: open(temporary, "w").writelines(kept))
+        self.file = open(path, "a" if kept else "w")
+        if not kept:
+            self.write(**header(), config=config)
 
     def write(self, **record):
         print(json.dumps(record), file=self.file, flush=True)
