@@ -104,7 +104,7 @@ def header():
         "commit": (commit.strip() + (" + changes" if dirty else "")) or None,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 
 
