@@ -254,9 +254,9 @@ def read_pickle(path):
         mapped = f.read(4) == b"PK\3\4"  # files from before torch 1.6 can not be mapped
     try:
         return torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
-    except Exception:  # damaged bytes make a pickle raise nearly anything
+    except Exception:  # damaged bytes make torch and pickle raise nearly anything
         raise ValueError(f"{path} can not be read: cut, damaged, or more than tensors and plain "
                          "containers") from None
 

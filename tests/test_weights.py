@@ -1,0 +1,223 @@
+"""Weights in and out: GPT-2 against transformers, the authors' layout, and files that are wrong."""
+
+import json
+import os
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from model import Config, Transformer
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SIZES = [  # n_layer, n_head, n_embd, vocabulary, context, n_inner
+    (1, 1, 8, 11, 5, None),
+    (2, 4, 32, 97, 40, None),
+    (3, 3, 48, 50, 64, 100),
+    (4, 8, 128, 1000, 128, None),
+]
+
+
+def reference(size, folder, seed=0, **more):
+    """A random transformers GPT-2, saved; biases and norms random too, so that each one counts."""
+    n_layer, n_head, n_embd, vocabulary, context, n_inner = size
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(GPT2Config(
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocabulary, n_positions=context,
+        n_inner=n_inner, bos_token_id=0, eos_token_id=0, **more)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 / n_embd**0.5 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    return model, torch.randint(vocabulary, (2, context))
+
+
+@torch.no_grad()
+def same_logits(ours, theirs, idx):
+    for T in (1, 3, idx.shape[1]):
+        got, want = ours(idx[:, :T])[0], theirs(idx[:, :T]).logits
+        assert (got - want).abs().max() <= 2e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("layout", ["safetensors", "shards", "bin", "bin without prefix", "mask buffers"])
+def test_logits_equal_transformers(size, layout, tmp_path):
+    theirs, idx = reference(size, tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    if layout == "shards":
+        file.unlink()
+        names = sorted(weights)
+        parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+        for part, held in parts.items():
+            save_file({name: weights[name] for name in held}, tmp_path / part)
+        index = {"weight_map": {name: part for part, held in parts.items() for name in held}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    if layout.startswith("bin"):
+        file.unlink()
+        if "without" in layout:
+            weights = {name.removeprefix("transformer."): t for name, t in weights.items()}
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+    if layout == "mask buffers":  # as the first GPT-2 files on the hub have them
+        for l in range(size[0]):
+            weights[f"transformer.h.{l}.attn.bias"] = torch.ones(1, 1, 5, 5)
+            weights[f"transformer.h.{l}.attn.masked_bias"] = torch.tensor(-1e4)
+        save_file(weights, file)
+    same_logits(Transformer.from_pretrained(str(tmp_path)), theirs, idx)
+
+
+def test_an_untied_head_is_read(tmp_path):
+    theirs, idx = reference(SIZES[1], tmp_path, tie_word_embeddings=False)
+    ours = Transformer.from_pretrained(str(tmp_path))
+    assert ours.lm_head.weight is not ours.wte.weight
+    same_logits(ours, theirs, idx)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_pretrained_opens_in_transformers(size, tied, tmp_path):
+    _, idx = reference(size, tmp_path / "theirs", tie_word_embeddings=tied)
+    ours = Transformer.from_pretrained(str(tmp_path / "theirs"))
+    ours.save_pretrained(str(tmp_path / "ours"))
+    same_logits(ours, AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval(), idx)
+    again = Transformer.from_pretrained(str(tmp_path / "ours"))
+    assert again.config == ours.config
+    assert torch.equal(again(idx)[0], ours(idx)[0])
+
+
+def test_a_sparse_model_comes_back_sparse_and_transformers_gets_its_gates_from_the_readme(tmp_path):
+    """The README's lines, run as they stand, give transformers our logits."""
+    reference(SIZES[3], tmp_path / "dense")
+    ours = Transformer.from_pretrained(str(tmp_path / "dense"), sparse=True, gate_bias=0.25)
+    folder = str(tmp_path / "sparse")
+    ours.save_pretrained(folder)
+    again = Transformer.from_pretrained(folder)
+    assert again.config.sparse and again.config.gate_bias == 0.25
+    idx = torch.randint(1000, (2, 50))
+    with torch.no_grad():
+        want = ours(idx)[0]
+        dense = AutoModelForCausalLM.from_pretrained(folder).eval()(idx).logits
+        assert (dense - want).abs().max() > 0.01 * want.abs().max()
+        readme = open(os.path.join(ROOT, "README.md")).read()
+        code = next(c for c in re.findall(r"```python\n(.*?)```", readme, re.S) if "register" in c)
+        names = {}
+        exec(code.replace('"out/gpt2-sparse"', repr(folder)), names)
+        got = names["model"].eval()(idx).logits
+    assert (got - want).abs().max() <= 2e-5 * want.abs().max()
+
+
+def nanogpt(model, prefix="transformer.", biases=True):
+    """The state dict a nanoGPT-style trainer would have saved for this model."""
+    weights = {"lm_head.weight": model.lm_head.weight.data}
+    for name, t in model.state_dict().items():
+        if name != "lm_head.weight" and (biases or not name.endswith(".bias")):
+            weights[prefix + name] = t
+    return weights
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "_orig_mod.transformer.", "module.transformer."])
+@pytest.mark.parametrize("biases", [True, False])
+def test_the_authors_layout(prefix, biases, tmp_path):
+    torch.manual_seed(0)
+    ours = Transformer(Config(n_layer=2, n_head=2, n_embd=128, vocab_size=90, block_size=16, sparse=True,
+                              attention_bias=biases, mlp_bias=biases))
+    weights = nanogpt(ours, prefix, biases)
+    weights["_orig_mod.lm_head.weight"] = weights.pop("lm_head.weight")
+    torch.save(weights, tmp_path / "final.pth")
+    read = Transformer.from_pretrained(str(tmp_path / "final.pth"))
+    assert read.config.sparse and read.config.gate_bias == 0 and read.config.n_head == 2
+    idx = torch.randint(90, (2, 16))
+    assert torch.equal(read(idx)[0], ours(idx)[0])
+
+
+def test_checkpoints_come_back_whole(tmp_path):
+    torch.manual_seed(0)
+    ours = Transformer(Config(n_layer=2, n_head=4, n_embd=32, vocab_size=50, block_size=16, causal=False,
+                              n_kv_head=2, norm="rmsnorm", position="rope", mlp="swiglu", sparse=True))
+    ours.save_checkpoint(str(tmp_path / "x.pt"), step=3)
+    read = Transformer.from_pretrained(str(tmp_path / "x.pt"))
+    idx = torch.randint(50, (2, 16))
+    assert read.config == ours.config and torch.equal(read(idx)[0], ours(idx)[0])
+    assert read.lm_head.weight is read.wte.weight
+    dense = Transformer.from_pretrained(str(tmp_path / "x.pt"), sparse=False)
+    assert dense(idx)[2] is None
+
+
+# -----------------------------------------------------------------------------
+# files that are wrong: one line that says what
+
+
+def damage(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def settings(folder, **change):
+    content = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+BAD = {
+    "lacks tensor lm_head.weight and 1 more|lacks tensor":
+        lambda f: damage(f, lambda w: w.pop("transformer.wte.weight")),
+    "unknown tensor h.0.attn.extra": lambda f: damage(
+        f, lambda w: w.update({"transformer.h.0.attn.extra": torch.zeros(3)})),
+    "has shape": lambda f: damage(f, lambda w: w.update({"transformer.ln_f.bias": torch.zeros(3)})),
+    "lacks tensor h.2": lambda f: settings(f, n_layer=3),
+    "unknown tensor h.1": lambda f: settings(f, n_layer=1),
+    "activation_function = 'relu'": lambda f: settings(f, activation_function="relu"),
+    "scale_attn_by_inverse_layer_idx": lambda f: settings(f, scale_attn_by_inverse_layer_idx=True),
+    "'bert' model": lambda f: settings(f, model_type="bert"),
+    "no config.json": lambda f: (f / "config.json").unlink(),
+    "not valid JSON": lambda f: (f / "config.json").write_text("{"),
+    "download it again": lambda f: os.truncate(f / "model.safetensors", 3000),
+    "holds no weights": lambda f: (f / "model.safetensors").unlink(),
+    "must be a multiple": lambda f: settings(f, n_head=5),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_wrong_folders_are_one_clear_line(message, tmp_path):
+    reference(SIZES[1], tmp_path)
+    BAD[message](tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        Transformer.from_pretrained(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_names_and_files_are_one_clear_line(tmp_path):
+    with pytest.raises(ValueError, match="no file or folder here and no hub name"):
+        Transformer.from_pretrained("gpt5")
+    path = tmp_path / "broken.pt"
+    Transformer(Config(n_layer=1, n_head=1, n_embd=8, vocab_size=9, block_size=4)).save_checkpoint(str(path))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="can not be read"):
+        Transformer.from_pretrained(str(path))
+    torch.save({"a": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="neither this project's checkpoint nor a nanoGPT"):
+        Transformer.from_pretrained(str(path))
+
+
+def test_only_gpt2_has_a_hugging_face_layout(tmp_path):
+    model = Transformer(Config(n_layer=1, n_head=1, n_embd=8, vocab_size=9, block_size=4, causal=False))
+    with pytest.raises(ValueError, match="only GPT-2"):
+        model.save_pretrained(str(tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.skipif(not os.environ.get("SPARSE_GPT2"), reason="SPARSE_GPT2: a folder with GPT-2's files")
+def test_real_gpt2_goes_on_as_known():
+    """Greedy continuation of "The dog" by the 124M weights."""
+    from plumbing.tokens import tokenizer
+
+    model, tok = Transformer.from_pretrained(os.environ["SPARSE_GPT2"]), tokenizer("gpt2")
+    idx = torch.tensor([tok.encode("The dog")])
+    with torch.no_grad():
+        for _ in range(15):
+            idx = torch.cat([idx, model(idx)[0][:, -1:].argmax(-1)], dim=1)
+    want = "The dog was found in a field near the intersection of West and West Streets.\n\nThe"
+    assert tok.decode(idx[0].tolist()) == want

@@ -1,0 +1,493 @@
+"""
+Sparse post-training of a language model: the fewest open attention edges at the dense loss.
+
+    python train.py                              a small model from scratch, no download, minutes
+    python train.py --init gpt2                  the main job: GPT-2 124M on web text
+    python train.py --init FOLDER --data a.txt   local weights and text
+    python train.py --init gpt2 --no-sparse      the dense control: same data and steps, no gates
+    python train.py --resume out/gpt2            go on where a run was stopped
+
+What it does: measures the dense model's cross-entropy (CE) on held-out text and sets
+tau = CE + slack; trains on with sampled gates, minimising the expected share of open edges E
+subject to CE <= tau (geco.py); keeps as best.pt the sparsest state whose held-out CE, with
+deterministic gates, is at most tau; reports that state and the last one on test text that was
+used for nothing else.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace as changed
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from geco import GECO
+from model import Config, Transformer
+from plumbing import tokens
+from plumbing.flags import Log, open_folder, run, write_results
+from plumbing.hub import read_pickle
+from sparse import fold_in
+
+
+@dataclass
+class Flags:
+    init: str = "scratch"  # hub name, Hugging Face folder, checkpoint, or scratch
+    data: str | None = None  # fineweb, python-docs, a prepared folder, or .txt files with commas
+    tokenizer: str | None = None  # gpt2 or bytes; default: by the model's vocabulary
+    shards: int = 1  # fineweb files of 100M tokens each
+    out: str | None = None  # folder for checkpoints, results.json, log.jsonl and figures
+    resume: str | None = None  # the --out folder of a stopped run: go on with its flags
+    # the model, from scratch only
+    n_layer: int = 4  # layers
+    n_head: int = 4  # heads a layer
+    n_embd: int = 128  # width
+    dense_steps: int = 2000  # steps of dense training before the sparse ones
+    dense_lr: float = 2e-3  # its highest learning rate
+    # the objective
+    sparse: bool = True  # gates and penalty; --no-sparse is the dense control
+    gate_bias: float = 2.0  # b: a gate is open with probability sigmoid(s + b)
+    slack: float = 0.02  # tau = the dense CE + slack, nats
+    tau: float | None = None  # the bound itself, instead of --slack
+    nu: float = 0.01  # GECO: step of log lambda
+    kp: float = 1.0  # GECO: proportional term
+    ema: float = 0.95  # GECO: averaging of the noisy CE
+    width: float = 0.02  # GECO: log(CE / tau) that counts as a full violation
+    lam_max: float = 1000.0  # GECO: upper bound of lambda
+    distill: float = 0.0  # weight of KL(dense model, sparse model), which is added to CE
+    control: str | None = None  # --out folder of the dense control, to report beside
+    # the steps
+    context: int | None = None  # tokens a sequence; default 1024 or what the model takes
+    batch_size: int = 8  # sequences in memory at a time
+    accumulate: int = 1  # gradient accumulation: batches a step
+    steps: int = 3000  # optimiser steps
+    lr: float = 1e-3  # highest learning rate
+    warmup: int = 100  # steps of linear warm-up
+    weight_decay: float = 0.1  # of matrices
+    clip: float = 1.0  # largest gradient norm
+    overfit: bool = False  # train on one batch only, a check of the whole machine
+    seed: int = 0  # of weights, data order and gates
+    # running
+    device: str = "auto"  # cpu, cuda, mps
+    dtype: str = "auto"  # float32 or bfloat16 autocast; auto: bfloat16 on CUDA
+    compile: bool = False  # torch.compile, a slow start for faster steps
+    threads: int = 2  # CPU threads
+    eval_every: int = 200  # steps between evaluations, checkpoints and figures
+    eval_sequences: int = 64  # held-out sequences of an evaluation
+    log_every: int = 20  # steps between printed lines
+    sitting: int | None = None  # stop after this many steps; --resume goes on
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_embd", "dense_steps", "batch_size", "accumulate",
+                     "steps", "threads", "eval_every", "eval_sequences", "log_every", "shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        for name in ("lr", "dense_lr", "slack", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be a positive number")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"--dtype must be auto, float32 or bfloat16, got {self.dtype!r}")
+        if self.device not in ("auto", "cpu", "cuda", "mps"):
+            raise ValueError(f"--device must be auto, cpu, cuda or mps, got {self.device!r}")
+
+
+# -----------------------------------------------------------------------------
+# setting up
+
+
+def pick_device(flags):
+    """The device, and what to run the forward pass in: bfloat16 autocast or nothing."""
+    device = flags.device
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        device = "cuda" if has["cuda"] else "mps" if has["mps"] else "cpu"
+    if not has[device]:
+        raise ValueError(f"--device {device}: this machine has none that torch can use; "
+                         "--device cpu works everywhere")
+    half = flags.dtype == "bfloat16" or (flags.dtype == "auto" and device == "cuda")
+    if half:
+        return device, lambda: torch.autocast(device, dtype=torch.bfloat16)
+    return device, contextlib.nullcontext
+
+
+def load_model(flags, **overrides):
+    """The model to start from, on the CPU."""
+    if flags.init != "scratch":
+        return Transformer.from_pretrained(flags.init, **overrides)
+    torch.manual_seed(flags.seed)
+    vocabulary = tokens.tokenizer(flags.tokenizer or "bytes").vocab_size
+    return Transformer(Config(block_size=flags.context or 128, vocab_size=vocabulary,
+                              n_layer=flags.n_layer, n_head=flags.n_head, n_embd=flags.n_embd,
+                              **overrides))
+
+
+def load_data(flags, config):
+    """(context, training Blocks, {"val", "test"}: fixed (idx, targets)) for this model."""
+    by_size = {257: "bytes", 50257: "gpt2", 50304: "gpt2"}
+    name = flags.tokenizer or by_size.get(config.vocab_size)
+    if name is None:
+        raise ValueError(f"the model has {config.vocab_size} tokens: say of which --tokenizer")
+    if tokens.tokenizer(name).vocab_size > config.vocab_size:
+        raise ValueError(f"--tokenizer {name} has more tokens than the model's {config.vocab_size}")
+    context = flags.context or min(1024, config.block_size)
+    if not 1 <= context <= config.block_size:
+        raise ValueError(f"--context {context}: the model takes 1 to {config.block_size} tokens")
+    source = flags.data or ("fineweb" if name == "gpt2" else "python-docs")
+    data = tokens.load_data(source, name, flags.shards)
+    fixed = {split: tokens.fixed_blocks(data[split], context, flags.eval_sequences)
+             for split in ("val", "test")}
+    return context, tokens.Blocks(data["train"], context, flags.seed), fixed
+
+
+def make_optimizer(model, flags):
+    """AdamW; matrices decay, vectors do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": flags.weight_decay}
+    vectors = {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, vectors], lr=flags.lr, betas=(0.9, 0.95))
+
+
+def learning_rate(step, flags):
+    """Linear warm-up, then a cosine to a tenth."""
+    if step < flags.warmup:
+        return flags.lr * (step + 1) / flags.warmup
+    done = (step - flags.warmup) / max(1, flags.steps - flags.warmup)
+    return flags.lr * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+# -----------------------------------------------------------------------------
+# measuring
+
+
+@torch.no_grad()
+def evaluate(model, blocks, flags, amp, device, sampled=False):
+    """(CE in nats, share of open gates (n_layer, n_head) or None) over fixed (idx, targets).
+
+    Deterministic gates; `sampled` ones have fixed seeds of their own.
+    """
+    ce, opened, count = 0.0, 0.0, len(blocks[0])
+    for n in range(0, count, flags.batch_size):
+        idx, targets = (x[n:n + flags.batch_size].to(device) for x in blocks)
+        seeds = fold_in(-1, torch.arange(n, n + len(idx))) if sampled else None
+        with amp():
+            _, loss, edges = model(idx, targets, seed=seeds)
+        ce += loss.item() * len(idx) / count
+        if edges is not None:
+            opened = opened + edges.open.cpu() * len(idx) / count
+    return ce, opened if torch.is_tensor(opened) else None
+
+
+def edges_per_query(share, context):
+    """Open edges of a query and head, which sees (context + 1) / 2 keys on average."""
+    return share * (context + 1) / 2
+
+
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # bf16
+
+
+def flops_per_token(model, context):
+    """Forward and backward of the dense model: 6 a parameter, 12 C context a layer."""
+    config = model.config
+    n = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("wpe"))
+    return 6 * n + 12 * config.n_layer * config.n_embd * context
+
+
+# -----------------------------------------------------------------------------
+# one run: dense (the base or the control) or sparse
+
+
+def start(flags, saved=None):
+    """Everything a run needs before its next step, as one dict.
+
+    A new run measures the dense model's CE, on validation text for tau and on test text for the
+    report. A resumed one takes model, optimiser, lambda and measurements from `saved`.
+    """
+    device, amp = pick_device(flags)
+    dense = load_model(flags, sparse=False).to(device) if flags.distill or not saved else None
+    config = Config(**saved["config"]) if saved else changed(
+        dense.config, sparse=flags.sparse,
+        gate_bias=flags.gate_bias if flags.sparse else dense.config.gate_bias)
+    context, blocks, fixed = load_data(flags, config)
+    if saved:
+        state = saved["state"]
+    else:
+        ce = {split: evaluate(dense, fixed[split], flags, amp, device)[0] for split in fixed}
+        state = {"step": 0, "seconds": 0.0, "ce_dense": ce, "best": None, "trace": [],
+                 "tau": ce["val"] + flags.slack if flags.tau is None else flags.tau}
+    model = Transformer(config).to(device)
+    model.load_state_dict(saved["model"] if saved else dense.state_dict())
+    optimizer = make_optimizer(model, flags)
+    geco = GECO(state["tau"], nu=flags.nu, kp=flags.kp, ema=flags.ema, width=flags.width,
+                lam_max=flags.lam_max)
+    if saved:
+        optimizer.load_state_dict(saved["optimizer"])
+        geco.load_state_dict(saved["geco"])
+    return {"device": device, "amp": amp, "context": context, "blocks": blocks, "fixed": fixed,
+            "dense": dense if flags.distill else None, "model": model, "state": state,
+            "optimizer": optimizer, "geco": geco}
+
+
+def step_once(r, flags, forward):
+    """One optimiser step: the numbers of its line. A loss that is not finite: ValueError."""
+    model, geco, step, device = r["model"], r["geco"], r["state"]["step"], r["device"]
+    totals = {"ce": 0.0, "open": 0.0, "kl": 0.0}
+    r["optimizer"].zero_grad()
+    for micro in range(flags.accumulate):
+        sample = (0 if flags.overfit else step) * flags.accumulate + micro
+        idx, targets = (x.to(device) for x in r["blocks"].batch(sample * flags.batch_size,
+                                                                flags.batch_size))
+        rows = micro * flags.batch_size + torch.arange(len(idx))  # samples of this step
+        seeds = fold_in(fold_in(flags.seed, step), rows).to(device)
+        with r["amp"]():
+            logits, ce, edges = forward(idx, targets, seed=seeds)
+        constrained, totals["ce"] = ce, totals["ce"] + ce.item() / flags.accumulate
+        if flags.distill:
+            with torch.no_grad(), r["amp"]():
+                teacher = r["dense"](idx)[0].float().log_softmax(-1).flatten(0, 1)
+            student = logits.float().log_softmax(-1).flatten(0, 1)
+            kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+            constrained, totals["kl"] = ce + flags.distill * kl, totals["kl"] + kl.item()
+        loss = geco.loss(edges.prob.mean(), constrained) if flags.sparse else constrained
+        if flags.sparse:
+            totals["open"] += edges.open.mean().item() / flags.accumulate
+        (loss / flags.accumulate).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), flags.clip).item()
+    if not (math.isfinite(totals["ce"]) and math.isfinite(norm)):
+        raise ValueError(f"step {step + 1}: the loss is {totals['ce']}, its gradient {norm}; the "
+                         f"last good checkpoint is in {flags.out}: try a lower --lr or --clip")
+    lr = learning_rate(step, flags)
+    for group in r["optimizer"].param_groups:
+        group["lr"] = lr
+    r["optimizer"].step()
+    if flags.sparse:
+        geco.update(totals["ce"])
+    return totals | {"lr": lr, "norm": norm}
+
+
+def look(r, flags, log):
+    """Evaluate, keep the best state, write the checkpoint and refresh the figures."""
+    model, state = r["model"], r["state"]
+    model.eval()
+    ce, share = evaluate(model, r["fixed"]["val"], flags, r["amp"], r["device"])
+    point = {"step": state["step"], "val_ce": ce, "lambda": r["geco"].lam}
+    if flags.sparse:
+        sampled, _ = evaluate(model, r["fixed"]["val"], flags, r["amp"], r["device"], sampled=True)
+        point |= {"val_ce_sampled": sampled, "open": share.mean().item(), "heads": share.tolist()}
+        if ce <= state["tau"] and (not state["best"] or point["open"] < state["best"]["open"]):
+            state["best"] = point
+            model.save_checkpoint(os.path.join(flags.out, "best.pt"), step=state["step"])
+    state["trace"].append(point)
+    log.write(**point)
+    save(r, flags)
+    if flags.sparse:
+        draw(r, flags)
+    model.train()
+    return point
+
+
+def save(r, flags):
+    """last.pt: all that --resume needs."""
+    r["model"].save_checkpoint(os.path.join(flags.out, "last.pt"), flags=asdict(flags),
+                               optimizer=r["optimizer"].state_dict(),
+                               geco=r["geco"].state_dict(), state=r["state"])
+
+
+def train(flags):
+    """A whole run, or the rest of a stopped one. Writes checkpoints, log, figures, results."""
+    started, saved = time.time(), None
+    if flags.resume:
+        flags, saved = load_run(flags)
+    torch.set_num_threads(flags.threads)
+    open_folder(flags.out)
+    r = start(flags, saved)
+    state, per_step = r["state"], flags.batch_size * flags.accumulate * r["context"]
+    announce(flags, r, per_step)
+    forward = torch.compile(r["model"]) if flags.compile else r["model"]
+    log = Log(flags.out, append_after=state["step"] if saved else None, **asdict(flags))
+    last = min(flags.steps, state["step"] + (flags.sitting or flags.steps))
+    stop = []  # Ctrl-C lets the step finish, so that what is saved is a whole number of steps
+    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    try:
+        if not saved:
+            look(r, flags, log)
+        for _ in tqdm(range(state["step"], last), initial=state["step"], total=flags.steps,
+                      disable=None, mininterval=1):
+            began = time.time()
+            line = step_once(r, flags, forward)
+            state["step"] += 1
+            state["seconds"] += time.time() - began
+            at_end = state["step"] == last
+            if state["step"] % flags.log_every == 0 or at_end:
+                say(flags, r, line, per_step / (time.time() - began), log)
+            if state["step"] % flags.eval_every == 0 or state["step"] == flags.steps:
+                look(r, flags, log)
+            elif stop or at_end:
+                save(r, flags)
+            if stop:
+                break
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if state["step"] < flags.steps:
+        print(f"saved step {state['step']} of {flags.steps}; go on with: "
+              f"python train.py --resume {flags.out}")
+        sys.exit(130 if stop else 0)
+    path = write_results(flags.out, started, **report(r, flags, per_step))
+    print("wrote", path, *(os.path.join(flags.out, f) for f in FIGURES if flags.sparse))
+
+
+def load_run(given):
+    """(flags, contents of last.pt) of a stopped run. Other flags than the run's own: ValueError."""
+    path = os.path.join(given.resume, "last.pt")
+    if not os.path.exists(path):
+        raise ValueError(f"--resume {given.resume}: there is no last.pt in it to go on from")
+    saved = read_pickle(path)
+    if not isinstance(saved, dict) or not {"flags", "optimizer", "geco", "state"} <= saved.keys():
+        raise ValueError(f"{path} is no checkpoint of a training run")
+    free = ("out", "device", "threads", "log_every", "compile", "control")  # at most rounding
+    default, flags = asdict(Flags()), saved["flags"]
+    flags |= {"resume": given.resume, "sitting": given.sitting}
+    for name, value in asdict(given).items():
+        if value not in (default[name], flags[name]) and name not in free:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: the run in {given.resume} has "
+                             f"{flags[name]}; resume goes on with the flags it was started with")
+        if value != default[name]:
+            flags[name] = value
+    return Flags(**flags | {"out": given.resume}), saved
+
+
+def announce(flags, r, per_step):
+    """What will happen and the numbers to expect."""
+    config, state = r["model"].config, r["state"]
+    n = sum(p.numel() for p in r["model"].parameters())
+    print(f"{flags.init}: {n / 1e6:.1f}M parameters, {config.n_layer} layers x {config.n_head} heads, "
+          f"on {r['device']}; {flags.steps} steps of {per_step:,} tokens, context {r['context']}")
+    fresh = f", ln({config.vocab_size}) = {math.log(config.vocab_size):.4f} expected"
+    print(f"held-out CE at the start, dense: {state['ce_dense']['val']:.4f} nats"
+          + (fresh if flags.init == "scratch" else ""))
+    if flags.sparse:
+        print(f"tau = {state['tau']:.4f}: the fewest open edges at a CE of at most that")
+
+
+def say(flags, r, line, rate, log):
+    """The line of a step, on screen and in log.jsonl; rate in tokens/s."""
+    geco, state = r["geco"], r["state"]
+    name = torch.cuda.get_device_name() if r["device"] == "cuda" else ""
+    peak = next((flops for key, flops in PEAKS.items() if key in name), None)
+    mfu = rate * flops_per_token(r["model"], r["context"]) / peak if peak else None
+    record = {"step": state["step"], **line, "tokens_per_second": round(rate), "mfu": mfu}
+    text = f"step {state['step']:6} | CE {line['ce']:.4f}"
+    if flags.sparse:
+        record |= {"ce_ema": geco.c, "lambda": geco.lam}
+        text += f" ema {geco.c:.4f} tau {geco.tau:.4f} | lambda {geco.lam:8.3f}"
+        text += f" | open {line['open']:7.2%}"
+    text += f" | lr {line['lr']:.1e} | norm {line['norm']:5.2f} | {rate:,.0f} tok/s"
+    tqdm.write(text + (f" | MFU {mfu:.1%}" if mfu else ""))
+    log.write(**record)
+
+
+def report(r, flags, per_step):
+    """The numbers on test text: dense, best and last state, and the control if there is one."""
+    state, test, context = r["state"], r["fixed"]["test"], r["context"]
+    measure = lambda model, **how: evaluate(model.eval(), test, flags, r["amp"], r["device"], **how)
+    results = {"ce_dense": state["ce_dense"]["test"], "context_length": context,
+               "tokens": flags.steps * per_step,
+               "tokens_per_second": round(flags.steps * per_step / state["seconds"])}
+    ce, share = measure(r["model"])
+    if not flags.sparse:
+        print(f"test CE: {results['ce_dense']:.4f} at the start, {ce:.4f} now")
+        return results | {"ce": ce}
+    results |= {"tau": state["tau"], "ce_last": ce, "open_frac_last": share.mean().item()}
+    if state["best"]:
+        best = Transformer.from_pretrained(os.path.join(flags.out, "best.pt")).to(r["device"])
+    else:
+        print("no state met the bound: the last one is reported; more --steps or --slack may help")
+        best = r["model"]
+    ce, share = measure(best)
+    opened = share.mean().item()
+    results |= {"ce_sparse": ce, "ce_sparse_sampled": measure(best, sampled=True)[0],
+                "open_frac": opened, "open_edges_per_query": edges_per_query(opened, context),
+                "best_step": state["best"] and state["best"]["step"], "heads": share.tolist()}
+    print(f"test CE: dense {results['ce_dense']:.4f}, sparse {ce:.4f}; open edges {opened:.2%}, "
+          f"{results['open_edges_per_query']:.2f} a query and head at context {context}")
+    if flags.control:
+        with open(os.path.join(flags.control, "results.json")) as f:
+            results["ce_dense_control"] = json.load(f)["ce"]
+        print(f"dense control, as much training without gates: {results['ce_dense_control']:.4f}")
+    return results
+
+
+# -----------------------------------------------------------------------------
+# figures, made again at every evaluation
+
+FIGURES = ("ce_open.png", "heads.png", "lambda.png")
+
+
+def draw(r, flags):
+    """CE against open edges (Figure 2a of the paper), open edges of each head, and lambda."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    state, trace = r["state"], r["state"]["trace"]
+    opened = [100 * p["open"] for p in trace]
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    axis.plot(opened, [p["val_ce"] for p in trace], "o-", markersize=3, label="deterministic gates")
+    axis.plot(opened, [p["val_ce_sampled"] for p in trace], ".", color="0.6", label="sampled gates")
+    axis.axhline(state["ce_dense"]["val"], color="black", linewidth=1, label="dense model")
+    axis.axhline(state["tau"], color="black", linestyle="--", linewidth=1, label="$\\tau$")
+    if state["best"]:
+        axis.plot(100 * state["best"]["open"], state["best"]["val_ce"], "*", markersize=14,
+                  color="tab:orange", label="best state")
+    axis.set(xscale="log", xlabel=f"open attention edges (%), context {r['context']}",
+             ylabel="held-out CE (nats a token)")
+    axis.invert_xaxis()
+    axis.legend(fontsize=9)
+    figure.savefig(os.path.join(flags.out, FIGURES[0]), dpi=130)
+
+    figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    shares = np.array((state["best"] or trace[-1])["heads"]) * 100
+    image = axis.imshow(shares, cmap="viridis", vmin=0, origin="lower", aspect="auto")
+    n_layer, n_head = shares.shape
+    axis.set(xlabel="head", ylabel="layer", xticks=range(n_head), yticks=range(n_layer))
+    figure.colorbar(image, label="open edges (%)")
+    figure.savefig(os.path.join(flags.out, FIGURES[1]), dpi=130)
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    steps = [p["step"] for p in trace]
+    axes[0].plot(steps, [p["val_ce"] for p in trace])
+    axes[0].axhline(state["tau"], color="black", linestyle="--", linewidth=1, label="$\\tau$")
+    axes[0].axhline(state["ce_dense"]["val"], color="black", linewidth=1, label="dense model")
+    axes[0].legend(fontsize=9)
+    axes[0].set(xlabel="step", ylabel="held-out CE (nats a token)")
+    axes[1].plot(steps, opened)
+    axes[1].set(xlabel="step", ylabel="open attention edges (%)", yscale="log")
+    axes[2].plot(steps, [p["lambda"] for p in trace])
+    axes[2].set(xlabel="step", ylabel="multiplier $\\lambda$", yscale="log")
+    figure.savefig(os.path.join(flags.out, FIGURES[2]), dpi=130)
+    plt.close("all")
+
+
+# -----------------------------------------------------------------------------
+# the command
+
+
+def main(flags):
+    name = os.path.basename(flags.init.rstrip("/"))
+    flags.out = flags.out or flags.resume or os.path.join("out", name)
+    if flags.init == "scratch" and flags.sparse and not flags.resume:
+        print("from scratch: first a dense base, then its sparse post-training")
+        base = os.path.join(flags.out, "dense")
+        train(changed(flags, sparse=False, steps=flags.dense_steps, lr=flags.dense_lr, out=base))
+        flags = changed(flags, init=os.path.join(base, "last.pt"))
+    train(flags)
+
+
+if __name__ == "__main__":
+    run(main, Flags, __doc__)
