@@ -6,6 +6,8 @@ One transformer. GPT-2, LLaMA and the addition toy are settings of its Config.
 
 With config.sparse every attention edge passes a gate (sparse.py). The gates bring no parameters,
 so a sparse and a dense model have the same state dict.
+
+    python model.py --init gpt2 --prompt "The dog"        goes on with a text
 """
 
 import json
@@ -388,3 +390,71 @@ def from_nanogpt(source, weights):
     for name in [name for name in ours if ".ln_" in "." + name and name.endswith(".weight")]:
         ours.setdefault(name.replace(".weight", ".bias"), torch.zeros(n_embd))  # trained without
     return fields, ours
+
+
+# -----------------------------------------------------------------------------
+# text
+
+
+@torch.no_grad()
+def generate(model, idx, n, temperature=1.0, top_k=None, seed=0, n_tokens=None):
+    """idx (1, T) int64 -> (idx with n tokens more, the last pass's Edges or None).
+
+    temperature 0 takes the likeliest token; top_k keeps that many candidates; n_tokens is the
+    tokenizer's size where the model's vocabulary is padded. Gates are deterministic.
+    """
+    random = torch.Generator().manual_seed(seed)
+    for _ in range(n):
+        logits, _, edges = model(idx[:, -model.config.block_size:])
+        logits = logits[0, -1, :n_tokens].float().cpu()
+        if temperature == 0:
+            choice = logits.argmax().view(1)
+        else:
+            if top_k:
+                logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
+            choice = torch.multinomial((logits / temperature).softmax(-1), 1, generator=random)
+        idx = torch.cat([idx, choice.to(idx.device).view(1, 1)], dim=1)
+    return idx, edges
+
+
+@dataclass
+class Flags:
+    init: str = "gpt2"  # hub name, Hugging Face folder or checkpoint
+    prompt: str = "The dog"  # text to go on with
+    tokens: int = 50  # how many tokens to add
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_k: int | None = None  # only the so many likeliest tokens
+    seed: int = 0  # of the choices
+    sparse: bool | None = None  # gates on or off; default: as the model was saved
+    tokenizer: str | None = None  # gpt2 or bytes; default: by the model's vocabulary
+
+    def __post_init__(self):
+        if self.tokens < 1 or self.temperature < 0 or (self.top_k is not None and self.top_k < 1):
+            raise ValueError("need --tokens and --top-k of at least 1 and --temperature of at least 0")
+        if not self.prompt:
+            raise ValueError("--prompt is empty: give the text to go on with")
+
+
+def main(flags):
+    from plumbing.tokens import name_for, tokenizer
+
+    overrides = {} if flags.sparse is None else {"sparse": flags.sparse}
+    model = Transformer.from_pretrained(flags.init, **overrides).eval()
+    tok = tokenizer(name_for(model.config.vocab_size, flags.tokenizer))
+    idx = torch.tensor([[int(i) for i in tok.encode(flags.prompt)]])
+    idx, edges = generate(model, idx, flags.tokens, flags.temperature, flags.top_k, flags.seed,
+                          tok.vocab_size)
+    print(tok.decode(idx[0].tolist()))
+    if edges is None:
+        print("\ndense: every attention edge is open")
+    else:
+        T = min(idx.shape[1] - 1, model.config.block_size)
+        share = edges.open.mean().item()
+        count = share * edges.open.numel() * T * (T + 1) / 2
+        print(f"\nopen attention edges: {share:.2%}, {count:,.0f} in the last pass of {T} tokens")
+
+
+if __name__ == "__main__":
+    from plumbing import flags
+
+    flags.run(main, Flags, __doc__)

@@ -129,12 +129,7 @@ def load_model(flags, **overrides):
 
 def load_data(flags, config):
     """(context, training Blocks, {"val", "test"}: fixed (idx, targets)) for this model."""
-    by_size = {257: "bytes", 50257: "gpt2", 50304: "gpt2"}
-    name = flags.tokenizer or by_size.get(config.vocab_size)
-    if name is None:
-        raise ValueError(f"the model has {config.vocab_size} tokens: say of which --tokenizer")
-    if tokens.tokenizer(name).vocab_size > config.vocab_size:
-        raise ValueError(f"--tokenizer {name} has more tokens than the model's {config.vocab_size}")
+    name = tokens.name_for(config.vocab_size, flags.tokenizer)
     context = flags.context or min(1024, config.block_size)
     if not 1 <= context <= config.block_size:
         raise ValueError(f"--context {context}: the model takes 1 to {config.block_size} tokens")

@@ -74,6 +74,16 @@ def tokenizer(name):
     return TOKENIZERS[name]()
 
 
+def name_for(vocab_size, name=None):
+    """The name of the tokenizer of a model: `name` if given and small enough, else by its size."""
+    name = name or {257: "bytes", 50257: "gpt2", 50304: "gpt2"}.get(vocab_size)
+    if name is None:
+        raise ValueError(f"the model has {vocab_size} tokens: say of which --tokenizer")
+    if name in TOKENIZERS and TOKENIZERS[name].vocab_size > vocab_size:
+        raise ValueError(f"--tokenizer {name} has more tokens than the model's {vocab_size}")
+    return name
+
+
 # -----------------------------------------------------------------------------
 # token files: 1024 bytes of header, then the tokens, all little-endian
 

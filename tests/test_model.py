@@ -1,11 +1,16 @@
 """The network: settings, shapes, taps, and gates that leave a dense model as it is."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from model import Config, Edges, Transformer, rope_frequencies, rotate
+from model import Config, Edges, Transformer, generate, rope_frequencies, rotate
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 GPT2 = dict(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
 LLAMA = GPT2 | dict(n_kv_head=2, norm="rmsnorm", position="rope", mlp="swiglu", attention_bias=False,
@@ -150,3 +155,32 @@ def test_edges_are_named_and_differentiable():
     assert edges.prob.requires_grad and not edges.open.requires_grad
     edges.prob.mean().backward()
     assert model.h[0].attn.c_attn.weight.grad.abs().sum() > 0
+
+
+def test_generate_is_reproducible_and_greedy_is_the_argmax():
+    model, idx = build(GPT2, sparse=True, gate_bias=1.0)
+    one, edges = generate(model, idx[:1, :5], 40, temperature=0.9, top_k=5, seed=3)
+    again, _ = generate(model, idx[:1, :5], 40, temperature=0.9, top_k=5, seed=3)
+    other, _ = generate(model, idx[:1, :5], 40, temperature=0.9, top_k=5, seed=4)
+    assert one.shape == (1, 45) and torch.equal(one, again) and not torch.equal(one, other)
+    assert edges.open.shape == (2, 4)
+    greedy, _ = generate(model, idx[:1, :5], 3, temperature=0)
+    want = idx[:1, :5]
+    for _ in range(3):
+        want = torch.cat([want, model(want)[0][:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(greedy, want)
+    padded, _ = generate(model, idx[:1, :5], 30, temperature=5.0, n_tokens=7)
+    assert padded[0, 5:].max() < 7
+
+
+def test_the_command_goes_on_with_a_text(tmp_path):
+    torch.manual_seed(0)
+    path = str(tmp_path / "m.pt")
+    Transformer(Config(**GPT2 | dict(vocab_size=257, sparse=True))).save_checkpoint(path)
+    how = dict(cwd=ROOT, capture_output=True, text=True)
+    for more, word in (([], "open attention edges: "), (["--no-sparse"], "every attention edge is open")):
+        command = [sys.executable, "model.py", "--init", path, "--prompt", "Hello", "--tokens", "5", *more]
+        run = subprocess.run(command, **how)
+        assert run.returncode == 0 and run.stdout.startswith("Hello") and word in run.stdout
+    bad = subprocess.run([*command, "--temperature", "-1"], **how)
+    assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
