@@ -38,26 +38,30 @@ class Flags:
     batch_size: int = 128  # problems a step
     dense_steps: int = 1500  # steps of dense training
     dense_lr: float = 3e-3  # its highest learning rate
-    waves: int = 6  # sparse post-training comes in waves,
+    tries: int = 3  # sparse post-training starts from the dense model this often,
+    waves: int = 2  # and each time comes in waves,
     wave_steps: int = 1800  # of this many steps
     lr: float = 1e-3  # its highest learning rate
     gate_bias: float = 2.0  # b: open probability sigmoid(s + b)
     slack: float = 4e-3  # tau = the dense model's CE + slack, nats a digit
-    loose: float = 0.033  # the bound on CE at the start of the first wave, nats a digit
+    loose: float = 0.033  # the bound on CE at the start of a wave, nats a digit
     nu: float = 0.01  # GECO: step of log lambda
     kp: float = 2.0  # GECO: proportional term
-    lam_min: float = 0.1  # GECO: lower bound of lambda
-    lam_max: float = 30.0  # GECO: upper bound of lambda
+    lam_min: float = 0.1  # GECO: lower bound of it
+    lam_max: float = 30.0  # GECO: upper bound of exp(h), lambda without the proportional term
     threads: int = 2  # CPU threads
 
     def __post_init__(self):
-        for name in ("seeds", "n_layer", "n_head", "n_embd", "batch_size", "dense_steps", "waves",
-                     "wave_steps", "threads"):
+        for name in ("seeds", "n_layer", "n_head", "n_embd", "batch_size", "dense_steps", "tries",
+                     "waves", "wave_steps", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
         for name in ("lr", "dense_lr", "slack", "loose"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be a positive number")
+        if not math.isfinite(self.gate_bias):
+            raise ValueError("--gate-bias must be a finite number")
+        GECO(1.0, nu=self.nu, kp=self.kp, lam_min=self.lam_min, lam_max=self.lam_max)  # its checks
 
 
 # -----------------------------------------------------------------------------
@@ -128,6 +132,12 @@ def mean_edges(gates):
     return gates.flatten(1).sum(1).double().mean().item()
 
 
+def measure(model, idx, targets):
+    """{exact: share of problems, ce: nats a digit, edges: open gates a problem}."""
+    exact, ce, gates = evaluate(model, idx, targets)
+    return {"exact": exact.double().mean().item(), "ce": ce, "edges": mean_edges(gates)}
+
+
 # -----------------------------------------------------------------------------
 # training: dense first, then the same weights through gates under the constraint
 
@@ -138,10 +148,11 @@ def batch(step, seed, size, train):
     return train[torch.randint(len(train), (size,), generator=random)]
 
 
-def learning_rate(done, highest, steps):
-    """At the share `done` of the steps: 50 steps of warm-up, flat to the middle, a cosine to 2%."""
-    falling = max(0.0, 2 * done - 1)
-    return highest * min(1, (done * steps + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * falling))
+def learning_rate(step, steps, highest, warmup, flat):
+    """Linear warm-up, the highest value until `flat` of the steps, then a cosine to 2% of it."""
+    falling = max(0.0, (step / steps - flat) / (1 - flat))
+    cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * falling)) / 2
+    return highest * cosine * min(1, (step + 1) / warmup)
 
 
 def descend(optimizer, loss, lr):
@@ -170,14 +181,13 @@ def train_dense(flags, seed, idx, targets, train):
         n_embd=flags.n_embd, causal=False, tied_head=False, gate_bias=flags.gate_bias,
         init_std=0.125))
     optimizer = make_optimizer(model)
-    bar = tqdm(range(flags.dense_steps), desc=f"seed {seed} dense ", mininterval=1)
-    for step in bar:
+    for step in tqdm(range(flags.dense_steps), desc=f"seed {seed} dense ", mininterval=1):
         b = batch(step, seed, flags.batch_size, train)
         loss = model(idx[b], targets[b])[1]
-        lr = learning_rate(step / flags.dense_steps, flags.dense_lr, flags.dense_steps)
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"dense training diverged at step {step + 1}: try a lower --dense-lr")
+        lr = learning_rate(step, flags.dense_steps, flags.dense_lr, warmup=100, flat=0.0)
         descend(optimizer, loss, lr)
-        if step % 50 == 0:
-            bar.set_postfix_str(f"CE {loss.item():.4f}")
     return model
 
 
@@ -191,46 +201,48 @@ def train_sparse(flags, seed, dense, tau, idx, targets, train, log):
     """The dense model's weights, trained on in waves for the fewest open edges at CE <= tau.
 
     A shut edge gets next to no gradient, so a circuit that works but has a spare part stays as it
-    is. A wave therefore loosens the bound first: edges leave, some of them needed. As it tightens
-    the cheapest way to add is found again. Every 100 steps all training problems are answered with
-    deterministic gates; the best state is the sparsest with CE <= tau and at least 99.95% of them
-    right. Each wave starts from it, at first from the dense model; a wave that found no better
-    one was too loose, and the next loosens a third as far. Returns the best model, its step (None:
-    no state qualified, the last one is returned) and the trace.
+    is. A wave therefore loosens the bound first: edges leave, some of them needed. As it tightens,
+    the cheapest way to add is found again. Which way that is depends on chance, so there are a few
+    tries from the dense model, each of a few waves; a wave starts from the best state of its try.
+    Every 100 steps all training problems are answered with deterministic gates: a state qualifies
+    with CE <= tau and at least 99.95% of them right, and the sparsest that qualifies is the best.
+    Returns the best model of all tries, its step (None: none qualified, the last state) and the
+    trace, a list of dicts.
     """
     model = Transformer(Config(**asdict(dense.config) | {"sparse": True}))
-    best = {"edges": math.inf, "step": None, "model": dense.state_dict()}
-    loose, trace = flags.loose, []
-    bar = tqdm(total=flags.waves * flags.wave_steps, desc=f"seed {seed} sparse", mininterval=1)
-    for wave in range(flags.waves):
-        model.load_state_dict(best["model"])
-        optimizer, before = make_optimizer(model), best["edges"]
-        geco = GECO(tau, nu=flags.nu, kp=flags.kp, lam_min=flags.lam_min, lam_max=flags.lam_max)
-        for i in range(flags.wave_steps):
-            step, done = wave * flags.wave_steps + i, i / flags.wave_steps
-            geco.tau = bound(done, loose, tau)
-            b = batch(step, seed + 1000, flags.batch_size, train)
-            seeds = fold_in(fold_in(seed, step), torch.arange(flags.batch_size))
-            _, ce, edges = model(idx[b], targets[b], seed=seeds)
-            lr = learning_rate(done, flags.lr, flags.wave_steps)
-            descend(optimizer, geco.loss(edges.prob.mean(), ce), lr)
-            geco.update(ce.item())
-            bar.update()
-            if (i + 1) % 100 == 0 or i + 1 == flags.wave_steps:
-                exact, ce_hard, gates = evaluate(model, idx[train], targets[train])
-                now = {"step": step + 1, "ce_sampled": geco.c, "ce": ce_hard, "bound": geco.tau,
-                       "exact": exact.double().mean().item(), "edges": mean_edges(gates),
-                       "lambda": geco.lam}
-                if now["ce"] <= tau and now["exact"] >= 0.9995 and now["edges"] < best["edges"]:
-                    best = now | {"model": copy.deepcopy(model.state_dict())}
+    none = {"edges": math.inf, "step": None, "model": dense.state_dict()}
+    best, trace, step = none, [], 0
+    with tqdm(total=flags.tries * flags.waves * flags.wave_steps, desc=f"seed {seed} sparse",
+              mininterval=1) as bar:
+        for wave in range(flags.tries * flags.waves):
+            if wave % flags.waves == 0:
+                best_of_try = none
+            model.load_state_dict(best_of_try["model"])
+            optimizer = make_optimizer(model)
+            geco = GECO(tau, nu=flags.nu, kp=flags.kp, lam_min=flags.lam_min, lam_max=flags.lam_max)
+            for i in range(flags.wave_steps):
+                geco.tau = bound(i / flags.wave_steps, flags.loose, tau)
+                lr = learning_rate(i, flags.wave_steps, flags.lr, warmup=50, flat=0.5)
+                b = batch(step, seed + 1000, flags.batch_size, train)
+                seeds = fold_in(fold_in(seed, step), torch.arange(flags.batch_size))
+                _, ce, edges = model(idx[b], targets[b], seed=seeds)
+                descend(optimizer, geco.loss(edges.prob.mean(), ce), lr)
+                geco.update(ce.item())
+                step += 1
+                bar.update()
+                if (i + 1) % 100 and i + 1 < flags.wave_steps:
+                    continue
+                now = {"step": step, "bound": geco.tau, "ce_sampled": geco.c, "lambda": geco.lam}
+                now |= measure(model, idx[train], targets[train])
+                qualifies = now["ce"] <= tau and now["exact"] >= 0.9995
+                if qualifies and now["edges"] < best_of_try["edges"]:
+                    best_of_try = now | {"model": copy.deepcopy(model.state_dict())}
+                    best = min(best, best_of_try, key=lambda state: state["edges"])
                 now["best_edges"] = best["edges"] if best["step"] else None
                 trace.append(now)
                 log.write(seed=seed, **now)
-                bar.set_postfix_str(f"CE {geco.c:.4f} lambda {geco.lam:.2f} exact {now['exact']:.2%} "
+                bar.set_postfix_str(f"CE {now['ce']:.4f} exact {now['exact']:.2%} "
                                     f"edges {now['edges']:.2f}, best {best['edges']:.2f}")
-        if best["edges"] == before:
-            loose /= 3
-    bar.close()
     if best["step"]:
         model.load_state_dict(best["model"])
     return model, best["step"], trace
@@ -365,7 +377,8 @@ def draw_training(path, traces, per_seed):
     for n, (trace, results) in enumerate(zip(traces, per_seed)):
         column = {key: [point[key] for point in trace] for key in trace[0]}
         step, color, only = column["step"], f"C{n}", (lambda text: text if n == 0 else None)
-        ce.plot(step, column["ce_sampled"], color=color, linewidth=1, label=f"seed {results['seed']}")
+        ce.plot(step, column["ce_sampled"], color=color, linewidth=1,
+                label=f"seed {results['seed']}")
         ce.plot(step, column["bound"], color=color, linestyle="--", linewidth=1,
                 label=only("the bound of each wave"))
         exact.plot(step, [100 * e for e in column["exact"]], color=color, linewidth=1)
@@ -420,33 +433,40 @@ def main(flags):
     torch.set_num_threads(flags.threads)
     idx, targets = problems()
     data = idx, targets, (~held_out()).nonzero().flatten()
-    print(f"two-digit addition: {flags.dense_steps} dense steps and {flags.waves} waves of "
-          f"{flags.wave_steps} sparse ones a seed, about "
-          "4 minutes on 2 cores;\nexpect 100% exact dense, 99.9% or more and about 6 open edges sparse")
+    print(f"two-digit addition: {flags.dense_steps} dense steps, then {flags.tries} tries of "
+          f"{flags.waves} x {flags.wave_steps} sparse steps a seed,\nabout 4 minutes on 2 cores; expect "
+          "100% exact dense, 99.9% or more and about 6 open edges sparse")
     log, per_seed, traces = Log(flags.out, **asdict(flags)), [], []
+    figures = [os.path.join(flags.out, name) for name in ("circuits.png", "training.png")]
     for seed in range(flags.seed, flags.seed + flags.seeds):
         results, trace, dense, sparse = run_seed(flags, seed, data, log)
         per_seed.append(results)
         traces.append(trace)
-        print(f"seed {seed}: exact {results['exact']:.2%} (held out {results['exact_heldout']:.2%}), dense "
-              f"{results['dense_exact']:.2%}; open edges a problem {results['mean_open_edges']:.2f}, "
-              f"dense {results['dense_mean_open_edges']:.0f}")
+        print(f"seed {seed}: exact {results['exact']:.2%} (held out {results['exact_heldout']:.2%}), "
+              f"dense {results['dense_exact']:.2%}; open edges a problem "
+              f"{results['mean_open_edges']:.2f}, dense {results['dense_mean_open_edges']:.0f}")
+        if results["kept_step"] is None:
+            print(f"seed {seed}: no state qualified, this is the last one; more --tries may help")
         if seed == flags.seed:
-            first = dense, sparse
-    print("\nthe circuit of seed", flags.seed)
+            draw_circuits(figures[0], dense, sparse)
+            dense.save_checkpoint(os.path.join(flags.out, "dense.pt"))
+            sparse.save_checkpoint(os.path.join(flags.out, "sparse.pt"))
+        draw_training(figures[1], traces, per_seed)
+        path = write_results(flags.out, started, **summary(per_seed))  # a stop loses one seed
+    print(f"\nthe circuit of seed {flags.seed}")
     print("\n".join("  " + line for line in per_seed[0]["circuit"]))
     print_carry_table(per_seed[0]["carry_table"])
-    figures = [os.path.join(flags.out, name) for name in ("circuits.png", "training.png")]
-    draw_circuits(figures[0], *first)
-    draw_training(figures[1], traces, per_seed)
-    for name, model in zip(("dense", "sparse"), first):
-        model.save_checkpoint(os.path.join(flags.out, f"{name}.pt"))
-    worst = {key: min(r[key] for r in per_seed) for key in ("exact", "exact_heldout", "dense_exact")}
-    worst["mean_open_edges"] = max(r["mean_open_edges"] for r in per_seed)
-    summary = per_seed[0] if flags.seeds == 1 else per_seed[0] | worst  # over several: the worst
-    if flags.seeds > 1:
-        summary["per_seed"] = [dict(r) for r in per_seed]
-    print("wrote", write_results(flags.out, started, **summary), *figures)
+    print("wrote", path, *figures)
+
+
+def summary(per_seed):
+    """The only seed's results; of several the worst, with all of them in per_seed."""
+    if len(per_seed) == 1:
+        return per_seed[0]
+    worst = {"exact": min, "exact_heldout": min, "dense_exact": min, "mean_open_edges": max,
+             "allowed_edges": max}
+    return {"summary": "the worst of the seeds"} | {
+        key: pick(r[key] for r in per_seed) for key, pick in worst.items()} | {"per_seed": per_seed}
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ raises it while the constraint is violated and lowers it while there is room. On
     h    <- clip(h + nu e, log lambda_min, log lambda_max)         the integral of e            (4)
     lambda = exp(h + kp e)                         kp damps the swings that the delay causes    (5)
 
-The clips are what keeps it sane: a constraint that can not be met takes lambda to its bound and
-no further, and from there it comes back at once. The step size in h is nu and nothing else; an
+The clips are what keeps it sane: a constraint that can not be met takes h to its bound and no
+further (lambda to lambda_max e^kp), and from there it comes back at once. The step size in h is nu and nothing else; an
 Adam step would have the size of its learning rate however small the violation.
 Sources: GECO, arXiv 1810.00597, algorithm 1 (here with log(C / tau) for its C - tau, and the
 proportional term of PID control); SPARTAN, arXiv 2411.06890, for sparse attention.
@@ -33,7 +33,8 @@ class GECO:
     """The multiplier of one constraint CE <= tau; equations 1-5. State: two floats.
 
     tau > 0 in CE's units (nats); width: log(C / tau) at which e reaches 1; nu: step of log lambda
-    at e = 1; kp: proportional term; ema in [0, 1). Bad values: ValueError.
+    at e = 1; kp: proportional term; ema in [0, 1); lam: exp(h) at the start, moved within
+    lam_min and lam_max, its bounds. Bad values: ValueError.
     """
 
     def __init__(self, tau, nu=0.01, kp=0.5, ema=0.95, width=1.0, lam=1.0, lam_min=0.01,
@@ -41,12 +42,13 @@ class GECO:
         for name, value in dict(tau=tau, nu=nu, width=width, lam_min=lam_min).items():
             if not (0 < value < math.inf):
                 raise ValueError(f"{name} must be a positive number, got {value}")
-        if not (0 <= ema < 1 and kp >= 0 and lam_min <= lam <= lam_max < math.inf):
-            raise ValueError("need 0 <= ema < 1, kp >= 0 and lam_min <= lam <= lam_max, got "
-                             f"ema {ema}, kp {kp}, lam {lam} in {lam_min} to {lam_max}")
+        if not (0 <= ema < 1 and 0 <= kp < 20 and lam_min <= lam_max < math.inf and lam > 0):
+            raise ValueError("need 0 <= ema < 1, 0 <= kp < 20, lam > 0 and lam_min <= lam_max, got "
+                             f"ema {ema}, kp {kp}, lam {lam}, {lam_min} to {lam_max}")
         self.tau, self.nu, self.kp, self.ema, self.width = tau, nu, kp, ema, width
         self.bounds = math.log(lam_min), math.log(lam_max)
-        self.h, self.c = math.log(lam), None  # c: None before the first CE
+        self.h = math.log(min(max(lam, lam_min), lam_max))
+        self.c = None  # before the first CE
 
     @property
     def error(self):
@@ -113,6 +115,7 @@ def main(flags):
         optimizer.zero_grad()
         geco.loss(objective, constraint).backward()
         optimizer.step()
+        # log-normal noise of mean 1
         geco.update(constraint.item() * math.exp(0.2 * torch.randn(()).item() - 0.02))
     # the nearest point lies on the line to the centre: E = (5 - r)^2, lambda = (5 - r) / r
     expected = {"objective": (5 - radius) ** 2, "constraint": flags.tau,

@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from plumbing import hub
-from plumbing.flags import open_folder, replace
+from plumbing.flags import open_folder, replace, replace_text
 from sparse import fold_in, gated_attention, sequence_seeds
 
 # -----------------------------------------------------------------------------
@@ -54,8 +54,11 @@ class Config:
     init_std: float = 0.02  # of the random initial weights; small models want more
 
     def __post_init__(self):
-        self.n_kv_head = self.n_kv_head or self.n_head
-        self.n_inner = self.n_inner or 4 * self.n_embd
+        self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
+        self.n_inner = 4 * self.n_embd if self.n_inner is None else self.n_inner
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
         choices = {"norm": ("layernorm", "rmsnorm"), "position": ("learned", "rope"),
                    "mlp": ("gelu", "swiglu")}
         for name, values in choices.items():
@@ -64,6 +67,8 @@ class Config:
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, "
                              f"and n_head of n_kv_head {self.n_kv_head}")
+        if self.position == "rope" and self.head_size % 2:
+            raise ValueError(f"rope turns pairs: the head size {self.head_size} must be even")
 
     @property
     def head_size(self):
@@ -267,14 +272,18 @@ class Transformer(nn.Module):
         open_folder(folder)
         hub.write_safetensors(os.path.join(folder, "model.safetensors"), weights)
         text = json.dumps(settings, indent=2) + "\n"
-        replace(os.path.join(folder, "config.json"), lambda path: open(path, "w").write(text))
+        replace_text(os.path.join(folder, "config.json"), text)
         if self.config.sparse:
             print(f"note: transformers opens {folder} as a dense model; the README adds its gates")
 
     def save_checkpoint(self, path, **more):
         """Config, weights and plain data in one file that from_pretrained opens."""
         content = {"config": asdict(self.config), "model": self.state_dict()} | more
-        replace(path, lambda temporary: torch.save(content, temporary))
+        try:
+            replace(path, lambda temporary: torch.save(content, temporary))
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"can not write {path}, is the disk full? what was there before is as it "
+                          f"was ({str(error).splitlines()[0]})") from None
 
 
 # -----------------------------------------------------------------------------
@@ -286,8 +295,9 @@ def read_checkpoint(name_or_path):
     path = hub.fetch_model(name_or_path)
     if os.path.isfile(path):
         content = hub.read_pickle(path)
-        if isinstance(content, dict) and content.keys() >= {"config", "model"}:
-            return content["config"], content["model"]
+        settings = content.get("config") if isinstance(content, dict) else None
+        if isinstance(settings, dict) and settings.keys() <= Config.__dataclass_fields__.keys():
+            return settings, content["model"]
         return from_nanogpt(path, content)
     try:
         with open(os.path.join(path, "config.json")) as f:
@@ -297,7 +307,8 @@ def read_checkpoint(name_or_path):
                          "model.safetensors), a checkpoint file or a hub name") from None
     except ValueError:
         raise ValueError(f"{path}/config.json is not valid JSON: get it again") from None
-    if settings.get("model_type") != "gpt2":
+    if not isinstance(settings, dict) or settings.get("model_type") != "gpt2":
+        settings = settings if isinstance(settings, dict) else {}
         raise ValueError(f"{path} is a {settings.get('model_type')!r} model, known is: gpt2")
     return from_gpt2(path, settings, hub.read_weights(path))
 
@@ -332,14 +343,16 @@ def from_gpt2(source, settings, weights):
             raise ValueError(f"{source} has {key} = {settings[key]!r}, which is not built here")
     fields = {ours: settings[theirs] for ours, theirs in GPT2_FIELDS.items() if theirs in settings}
     fields["tied_head"] = settings.get("tie_word_embeddings", True)
-    if gates := settings.get("sparse_attention"):
-        fields |= {"sparse": True, "gate_bias": gates["gate_bias"]}
+    if "sparse_attention" in settings:
+        fields |= {"sparse": True, "gate_bias": settings["sparse_attention"].get("gate_bias", 0.0)}
     ours = {}
     for name, t in weights.items():
         name = name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # the causal mask, stored by old versions
         ours[name] = t.t().contiguous() if name.endswith(TRANSPOSED) else t
+    if fields["tied_head"] and "wte.weight" in ours and not same_head(ours):
+        raise ValueError(f"{source} has an lm_head.weight of its own, but its config.json ties it")
     return fields, ours
 
 
@@ -367,6 +380,12 @@ def to_gpt2(config, weights):
     return settings, theirs
 
 
+def same_head(weights):
+    """Is the output matrix the token embedding: not stored, or stored with the same numbers?"""
+    head = weights.get("lm_head.weight", weights.get("wte.weight"))
+    return head is not None and "wte.weight" in weights and torch.equal(head, weights["wte.weight"])
+
+
 def from_nanogpt(source, weights):
     """The paper authors' final.pth: a nanoGPT state dict, (out, in) matrices, b = 0, gates on.
 
@@ -382,11 +401,14 @@ def from_nanogpt(source, weights):
     if not {"wte.weight", "wpe.weight", "ln_f.weight"} <= ours.keys():
         raise ValueError(f"{source} is neither this project's checkpoint nor a nanoGPT state dict")
     vocab_size, n_embd = ours["wte.weight"].shape
+    if n_embd % 64:
+        raise ValueError(f"{source} is {n_embd} wide, which heads of 64 do not fill")
     layers = {int(name.split(".")[1]) for name in ours if name.startswith("h.")}
     fields = {"vocab_size": vocab_size, "n_embd": n_embd, "n_head": n_embd // 64,
               "n_layer": len(layers), "block_size": len(ours["wpe.weight"]),
               "attention_bias": "h.0.attn.c_attn.bias" in ours,
-              "mlp_bias": "h.0.mlp.c_fc.bias" in ours, "sparse": True, "gate_bias": 0.0}
+              "mlp_bias": "h.0.mlp.c_fc.bias" in ours, "sparse": True, "gate_bias": 0.0,
+              "tied_head": same_head(ours)}
     for name in [name for name in ours if ".ln_" in "." + name and name.endswith(".weight")]:
         ours.setdefault(name.replace(".weight", ".bias"), torch.zeros(n_embd))  # trained without
     return fields, ours

@@ -28,22 +28,26 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 # -----------------------------------------------------------------------------
 # noise: one uniform number for each (sequence seed, head, i, j), whatever the tiles and the batch
 
 
 def fold_in(seed, n):
-    """A new int64 seed from a seed and a number, int64 tensors that broadcast (splitmix64)."""
-    z = torch.as_tensor(seed) + (torch.as_tensor(n) + 1) * -0x61C8864680B583EB  # modulo 2^64
-    z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # the masks make the shifts logical
-    z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return z ^ (z >> 31 & 0x1FFFFFFFF)
+    """A new int64 seed from a seed and a number, int64 tensors that broadcast (splitmix64).
+
+    Its constants, 0x9E37... and so on, are written as signed numbers; products wrap at 2^64.
+    """
+    z = torch.as_tensor(seed) + (torch.as_tensor(n) + 1) * -0x61C8864680B583EB
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # the masks make shifts logical
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
 
 def sequence_seeds(seed, B, device):
     """The int64 (B,) seeds of a batch: a tensor stays as it is, an int means seed, seed + 1, ..."""
-    if isinstance(seed, int) and not isinstance(seed, bool):
+    if isinstance(seed, int) and not isinstance(seed, bool) and abs(seed) < 2**62:
         return torch.arange(seed, seed + B, device=device)
     if not torch.is_tensor(seed) or seed.dtype != torch.int64 or seed.shape != (B,):
         got = f"{seed.dtype} {tuple(seed.shape)}" if torch.is_tensor(seed) else repr(seed)
@@ -59,7 +63,7 @@ def noise_keys(seeds, H, T):
     return rows.int(), (rows >> 32).int() | 1, fold_in(0, numbers[:T]).int()
 
 
-HALF = torch.tensor(0.5 + 2.0**-24)
+HALF = torch.tensor(0.5 + 2.0**-24)  # a tensor, for torch.add takes no number first
 
 
 def uniform(start, stride, column, buffers=(None, None, None)):
@@ -99,7 +103,7 @@ def gates(s, bias, seeds):
         u = uniform(*noise_keys(seeds, s.shape[1], s.shape[2]))
         x = x - torch.logit(u.to(s.dtype))
     soft = torch.sigmoid(x)
-    return (x > 0).to(s.dtype) + (soft - soft.detach())
+    return (x > 0).to(s.dtype) + (soft - soft.detach())  # the bracket is 0, its gradient is not
 
 
 def naive(q, k, v, bias, seeds, causal):
@@ -122,7 +126,7 @@ ROWS, TILE = 64, 2**18  # query rows and logits (1 MiB of float32) in a tile, me
 
 
 def tiles(N, T, causal):
-    """Slices (heads, queries, keys) that cover N heads, TILE logits each or less.
+    """Slices (heads, queries, keys) that cover N heads, TILE logits each or one head's rows.
 
     Rows are whole, so a tile holds its softmax. Under the causal mask they end with the tile's
     last query, which skips the upper triangle.
@@ -170,7 +174,7 @@ class Tile:
             return s, p.sigmoid_(), A, None, free1, free2
         start, stride, column = self.keys
         uniform(start[n, i], stride[n, i], column[j], (*ints, u))
-        torch.lt(u, p.sigmoid_(), out=A)  # as likely as s + b + n > 0
+        torch.lt(u, p.sigmoid_(), out=A)  # the same event as s + b - logit(u) > 0
         return s, p, A, u, free1, free2
 
 
@@ -207,7 +211,13 @@ class Chunked(torch.autograd.Function):
         return y, E.div_(pairs), share.div_(pairs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dE, _):
+        with torch.autocast(dy.device.type, enabled=False):
+            return Chunked.gradients(ctx, dy, dE)
+
+    @staticmethod
+    def gradients(ctx, dy, dE):
         q, k, v, y, lse, seeds = ctx.saved_tensors
         group = len(q) // len(k)
         if group > 1:
@@ -217,11 +227,12 @@ class Chunked(torch.autograd.Function):
         r = (dE / ctx.pairs)[:, None, None]
         tile = Tile(q, k, ctx.bias, seeds, ctx.causal)
         for n, i, j in tiles(*q.shape[:2], ctx.causal):
+            # in place, so the order counts: g takes p's place, A a takes A's, dA is free until then
             s, p, A, u, w, dA = tile(n, i, j)
             a = s.sub_(lse[n, i]).exp_()
             torch.addcmul(p, p, p, value=-1, out=w)  # p (1 - p)
             g = p if u is None else sampled_gate(p, u, dA)
-            slope = g.addcmul_(g, g, value=-1).add_(A)  # of A a with respect to s, over a
+            slope = g.addcmul_(g, g, value=-1).add_(A)  # A + g (1 - g)
             dv[n, j].baddbmm_(A.mul_(a).mT, dy[n, i])
             torch.bmm(dy[n, i], v[n, j].mT, out=dA)
             ds = slope.mul_(dA).sub_(delta[n, i]).mul_(a).addcmul_(w, r[n])
@@ -264,7 +275,7 @@ def gated_attention(q, k, v, bias=0.0, seed=None, causal=True, impl="auto"):
     open_frac (B, H), the share of allowed pairs whose gate is 1, without gradient. Everything
     inside, and both shares, are float32 whatever q is (float64 if q is). Bad input: ValueError.
     """
-    if impl not in IMPLEMENTATIONS:
+    if not isinstance(impl, str) or impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     (q_, k_, v_), bias, seeds = checked(q, k, v, bias, seed)
     with torch.autocast(q.device.type, enabled=False):
@@ -283,6 +294,8 @@ def gate_map(q, k, bias=0.0, seed=None, causal=True):
 
 def checked(q, k, v, bias, seed):
     """The inputs in the dtype to compute in, or a ValueError in one line."""
+    if not all(torch.is_tensor(x) for x in (q, k, v)):
+        raise ValueError("q, k and v must be tensors")
     shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
     if not all(x.dim() == 4 and x.is_floating_point() for x in (q, k, v)):
         raise ValueError(f"q, k, v must be float tensors (batch, heads, T, head size), got {shapes}")

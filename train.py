@@ -19,6 +19,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, replace as changed
@@ -82,6 +83,7 @@ class Flags:
     eval_sequences: int = 64  # held-out sequences of an evaluation
     log_every: int = 20  # steps between printed lines
     sitting: int | None = None  # stop after this many steps; --resume goes on
+    benchmark: int = 0  # only time this many steps, dense and sparse in turn
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "dense_steps", "batch_size", "accumulate",
@@ -473,9 +475,35 @@ def draw(r, flags):
 # the command
 
 
+def benchmark(flags):
+    """Median tokens/s of dense and of sparse steps, taken in turn, and their ratio."""
+    started = time.time()
+    torch.set_num_threads(flags.threads)
+    open_folder(flags.out)
+    both = {kind: changed(flags, sparse=kind == "sparse") for kind in ("dense", "sparse")}
+    runs = {kind: start(f) for kind, f in both.items()}
+    per_step = flags.batch_size * flags.accumulate * runs["dense"]["context"]
+    rates = {kind: [] for kind in runs}
+    for n in range(flags.benchmark + 1):
+        for kind, r in runs.items():
+            began = time.time()
+            step_once(r, both[kind], r["model"])
+            r["state"]["step"] += 1
+            if n > 0:  # the first is warm-up
+                rates[kind].append(per_step / (time.time() - began))
+    median = {kind: statistics.median(rate) for kind, rate in rates.items()}
+    ratio = median["sparse"] / median["dense"]
+    print(f"tokens/s: dense {median['dense']:,.0f}, sparse {median['sparse']:,.0f}, ratio {ratio:.2f}")
+    print("wrote", write_results(flags.out, started, config=asdict(runs["sparse"]["model"].config),
+                                 context_length=runs["sparse"]["context"], tokens_per_second=median,
+                                 sparse_over_dense=ratio))
+
+
 def main(flags):
     name = os.path.basename(flags.init.rstrip("/"))
     flags.out = flags.out or flags.resume or os.path.join("out", name)
+    if flags.benchmark:
+        return benchmark(flags)
     if flags.init == "scratch" and flags.sparse and not flags.resume:
         print("from scratch: first a dense base, then its sparse post-training")
         base = os.path.join(flags.out, "dense")

@@ -6,8 +6,10 @@ import difflib
 import inspect
 import json
 import os
+import pathlib
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -56,6 +58,9 @@ def run(main, flags, doc=None):
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, torch.OutOfMemoryError):
+        print("error: out of memory: try a smaller batch or a shorter context", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("\nstopped")
 
@@ -77,6 +82,11 @@ def replace(path, write):
             os.remove(temporary)
 
 
+def replace_text(path, text):
+    """The whole text in the file, or the file as it was."""
+    replace(path, lambda temporary: pathlib.Path(temporary).write_text(text))
+
+
 def open_folder(path):
     """Make the output folder and prove that it can be written, before any work is done."""
     try:
@@ -89,7 +99,7 @@ def open_folder(path):
     return path
 
 
-def header():
+def header(device="cpu"):
     """What a number needs to be believed: command, commit, versions, device."""
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     git = ["git", "-C", here]
@@ -98,22 +108,22 @@ def header():
         dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True).stdout
     except OSError:  # no git on this machine
         commit = dirty = ""
-    cuda = torch.cuda.is_available()
+    names = {"cuda": torch.cuda.get_device_name} if device == "cuda" else {}
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
     return {
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], here), *sys.argv[1:]]),
+        "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
         "commit": (commit.strip() + (" + changes" if dirty else "")) or None,
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "device": names[device]() if device in names else cpu if device == "cpu" else device,
     }
 
 
-def write_results(folder, started, **results):
+def write_results(folder, started, device="cpu", **results):
     """results.json: the header, the seconds since time.time() == started, and the results."""
-    content = header() | {"seconds": round(time.time() - started, 1)} | results
-    text = json.dumps(content, indent=1) + "\n"
+    content = header(device) | {"seconds": round(time.time() - started, 1)} | results
     path = os.path.join(folder, "results.json")
-    replace(path, lambda p: open(p, "w").write(text))
+    replace_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return path
 
 
@@ -123,16 +133,27 @@ class Log:
     append_after: go on with the file of a stopped run, without its records of later steps.
     """
 
-    def __init__(self, folder, append_after=None, **config):
-        path = os.path.join(folder, "log.jsonl")
-        kept = []
+    def __init__(self, folder, append_after=None, device="cpu", **config):
+        path, kept = os.path.join(folder, "log.jsonl"), []
         if append_after is not None and os.path.exists(path):
-            with open(path) as f:
-                kept = [line for line in f if json.loads(line).get("step", 0) <= append_after]
-            replace(path, lambda temporary: open(temporary, "w").writelines(kept))
+            kept = earlier_lines(path, append_after)
+            replace_text(path, "".join(kept))
         self.file = open(path, "a" if kept else "w")
         if not kept:
-            self.write(**header(), config=config)
+            self.write(**header(device), config=config)
 
     def write(self, **record):
         print(json.dumps(record), file=self.file, flush=True)
+
+
+def earlier_lines(path, step):
+    """The lines of a log up to that step; a line that was cut off, and what follows, is dropped."""
+    kept = []
+    with open(path) as f:
+        for line in f:
+            try:
+                if json.loads(line).get("step", 0) <= step:
+                    kept.append(line)
+            except ValueError:
+                break
+    return kept

@@ -249,7 +249,7 @@ def prepare(paths, out, tokenizer_name):
             os.remove(meta)  # from here until it is back the folder does not count as prepared
 
     replace_all(bins, write)
-    flags.replace(meta, lambda t: open(t, "w").write(json.dumps(about, indent=1)))
+    flags.replace_text(meta, json.dumps(about, indent=1))
     print(f"{about['text_bytes'] / sum(about['tokens'].values()):.2f} bytes of text a token")
     for path, n, count in zip(bins, about["documents"].values(), about["tokens"].values()):
         print(f"{n:10,} documents {count:14,} tokens  {path}")

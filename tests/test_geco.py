@@ -49,14 +49,17 @@ def test_unreachable_tau_goes_to_the_bound_and_comes_back():
     for _ in range(5000):
         geco.update(50.0)
     assert math.isclose(geco.lam, 100 * math.exp(0.5))
-    steps = 0
-    while geco.lam > 50:
+    for _ in range(150):
         geco.update(0.5)
-        steps += 1
-    assert steps < 150
+    assert geco.lam < 50
     for _ in range(5000):
         geco.update(1e-9)
     assert geco.lam > 0 and math.isclose(geco.lam, 0.01 * math.exp(-0.5))
+
+
+def test_a_start_outside_the_bounds_is_moved_inside():
+    assert GECO(tau=1, lam=1e9, lam_max=5.0).lam == pytest.approx(5.0)
+    assert GECO(tau=1, lam_min=2.0).lam == pytest.approx(2.0)
 
 
 def test_lambda_rises_exactly_when_the_constraint_is_violated():
@@ -86,7 +89,7 @@ def test_resumes_bit_for_bit():
 
 @pytest.mark.parametrize(
     "bad", [dict(tau=0), dict(tau=-1.0), dict(tau=math.nan), dict(tau=1, nu=0), dict(tau=1, ema=1),
-            dict(tau=1, kp=-1), dict(tau=1, lam=1e9), dict(tau=1, width=0), dict(tau=1, lam_min=0)]
+            dict(tau=1, kp=-1), dict(tau=1, kp=1000), dict(tau=1, lam_max=1e-3), dict(tau=1, lam=0), dict(tau=1, width=0), dict(tau=1, lam_min=0)]
 )
 def test_bad_settings_are_one_clear_line(bad):
     with pytest.raises(ValueError) as error:

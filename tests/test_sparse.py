@@ -64,7 +64,7 @@ def test_naive_is_the_formula(causal, seed, b):
 
 
 def test_straight_through_gradient_is_the_stated_one():
-    """d/ds of the gate is sigmoid'(s + b + n): with the softmax frozen, and only then, q feels it."""
+    """d/ds of the gate is sigmoid'(s + b + n), its value exactly 0 or 1."""
     s = torch.randn(1, 1, 5, 5, dtype=torch.float64, requires_grad=True)
     A = sparse.gates(s, 0.7, torch.tensor([3]))
     n = -torch.logit(noise([3], 1, 5).double())
@@ -176,6 +176,22 @@ def test_half_precision_inputs_compute_in_float32(impl):
         assert torch.equal(E, wide[1]) and torch.equal(share, wide[2])
 
 
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+def test_gradients_are_float32_under_autocast(impl):
+    """The forward pass in autocast, and for chunked the backward pass too."""
+    q, k, v = random_qkv(T=40)
+    want = torch.autograd.grad(gated_attention(q, k, v, 1.0, 3, True, impl)[0].square().sum(), (q, k, v))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = gated_attention(q, k, v, 1.0, 3, True, impl)[0]
+        loss = y.square().sum()
+        if impl == "chunked":
+            got = torch.autograd.grad(loss, (q, k, v))
+    if impl == "naive":
+        got = torch.autograd.grad(loss, (q, k, v))
+    for g, w in zip(got, want):
+        assert torch.equal(g, w)
+
+
 # -----------------------------------------------------------------------------
 # the noise
 
@@ -265,12 +281,14 @@ def test_uniform_has_no_correlation_between_neighbours():
 
 
 def test_uniform_stays_inside_at_the_extreme_bits():
-    """The largest and smallest 32-bit states: u is 2^-24 from 0 and from 1, never on them."""
-    states = torch.tensor([[-(2**31)], [2**31 - 1], [0], [-1]], dtype=torch.int32)
-    bits = states >> 9
-    u = torch.add(sparse.HALF, bits.float(), alpha=2.0**-23)
-    assert u[0].item() == 2**-24 and u[1].item() == 1 - 2**-24
-    assert u[2].item() == 0.5 + 2**-24 and u[3].item() == 0.5 - 2**-24
+    """Starts chosen backwards, so that all bits end as 0 or as 1: 2^-24 from 0 and from 1."""
+    inverse = pow(0x7FEB352D, -1, 2**32)
+    for bits, want in ((0x80000000, 2**-24), (0x7FFFFFFF, 1 - 2**-24)):
+        x = bits * inverse % 2**32
+        x ^= x >> 16
+        start = torch.tensor([[x - 2**32 if x >= 2**31 else x]], dtype=torch.int32)
+        stride, column = torch.ones_like(start), torch.zeros(1, dtype=torch.int32)
+        assert uniform(start, stride, column).item() == want
 
 
 def test_fold_in_is_splitmix64():
@@ -311,6 +329,9 @@ def good():
         (dict(k=torch.zeros(2, 0, 3, 8), v=torch.zeros(2, 0, 3, 8)), "do not fit together"),
         (dict(q=torch.zeros(2, 3, 3, 8)), "3 query heads are not a multiple of 2"),
         (dict(impl="fast"), "impl must be one of"),
+        (dict(impl=[]), "impl must be one of"),
+        (dict(q=[1.0]), "must be tensors"),
+        (dict(seed=2**63), "seed must be None, an int or an int64 tensor"),
         (dict(seed=1.5), "seed must be None, an int or an int64 tensor"),
         (dict(seed=True), "seed must be None, an int or an int64 tensor"),
         (dict(seed=torch.tensor([1])), "seed must be None, an int or an int64 tensor"),

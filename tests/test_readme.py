@@ -1,0 +1,57 @@
+"""The README says what the code and the result files say."""
+
+import json
+import os
+import re
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+README = open(os.path.join(ROOT, "README.md")).read()
+
+
+def results(name):
+    return json.load(open(os.path.join(ROOT, "results", name, "results.json")))
+
+
+def test_every_link_leads_somewhere():
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", README)
+    local = [link for link in links if not link.startswith("http")]
+    assert len(local) > 8
+    for link in local:
+        assert os.path.exists(os.path.join(ROOT, link)), link
+
+
+def test_the_equations_are_on_the_lines_the_readme_names():
+    """Rows like: | equation | [`code`](file.py#L12) |"""
+    rows = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", README)
+    assert len(rows) == 5
+    for code, file, line in rows:
+        lines = open(os.path.join(ROOT, file)).read().splitlines()
+        assert code in lines[int(line) - 1], f"{file}:{line} is {lines[int(line) - 1]!r}"
+
+
+def test_the_table_of_seeds_is_the_result_file():
+    per_seed = results("addition")["per_seed"]
+    assert [r["seed"] for r in per_seed] == [0, 1, 2, 3, 4]
+    for r in per_seed:
+        row = (f"| {r['seed']} | {r['dense_exact']:.2%} | {r['exact']:.2%} | {r['exact_heldout']:.1%} | "
+               f"{r['mean_open_edges']:.2f} |")
+        assert row in README, row
+        assert r["exact"] >= 0.999 and r["exact_heldout"] >= 0.995 and r["dense_exact"] >= 0.999
+        assert r["mean_open_edges"] <= 8.0 and r["allowed_edges"] == 242
+
+
+def test_the_carry_table_is_the_result_file():
+    """Seed 0: how often an edge is open with and without a carry."""
+    for edge, cells in results("addition")["per_seed"][0]["carry_table"].items():
+        shares = [cells[c]["reads"] / sum(cells[c].values()) for c in ("carry", "no_carry")]
+        row = f"| {edge.replace('<-', '←')} | {shares[0]:.1%} | {shares[1]:.1%} |"
+        assert row in README, row
+
+
+def test_the_cost_table_is_the_result_file():
+    for row in results("attention")["table"]:
+        naive = "-" if row.get("ratio_naive") is None else f"{row['ratio_naive']:.2f}"
+        memory = " / ".join("-" if row.get(f"mib_{impl}") is None else f"{row[f'mib_{impl}']:.0f}"
+                            for impl in ("sdpa", "naive", "chunked"))
+        line = f"| {row['B']}, {row['T']} | {naive} | {row['ratio_chunked']:.2f} | {memory} |"
+        assert line in README, line
