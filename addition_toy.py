@@ -274,30 +274,39 @@ def carry_table(gates):
     such edge {"tens <- units": {carry, no_carry: {reads, does_not}}}, counts over gates (10000,
     n_layer, n_head, 11, 11). The carry asked for is the one out of the units if the units are
     read or the tens read, else the one into the hundreds. The three edges one expects are always
-    listed, others if they are open in at least 0.5% of the problems.
+    listed, others if they are open in at least 0.5% of the problems; edges into the tens are
+    counted again for the problems whose own two tens digits make less than 10, and the others.
     """
     above, table = gates[:, 1:].flatten(1, 2).any(1), {}  # (10000, 11, 11)
+    number = torch.arange(10000)
+    own_ten = number // 1000 + number // 10 % 10 >= 10
+    everywhere = torch.ones(10000, dtype=torch.bool)
     for reader in (TENS, HUNDREDS):
         for source in (j for j in reversed(range(11)) if j != reader):
             reads = above[:, reader, source]
             expected = source in (UNITS, TENS) and source > reader
             if not expected and reads.double().mean() < 0.005:
                 continue
-            carry = carries()[:, 0 if UNITS == source or reader == TENS else 1]
-            table[f"{NAMES[reader]} <- {NAMES[source]}"] = {
-                key: {"reads": int((reads & there).sum()), "does_not": int((~reads & there).sum())}
-                for key, there in (("carry", carry), ("no_carry", ~carry))
-            }
+            carry = carries()[:, 0 if source == UNITS or reader == TENS else 1]
+            cases = {"": everywhere}
+            if reader == TENS:
+                cases |= {", own sum < 10": ~own_ten, ", own sum >= 10": own_ten}
+            for case, among in cases.items():
+                table[f"{NAMES[reader]} <- {NAMES[source]}{case}"] = {
+                    key: {"reads": int((reads & there & among).sum()),
+                          "does_not": int((~reads & there & among).sum())}
+                    for key, there in (("carry", carry), ("no_carry", ~carry))
+                }
     return table
 
 
 def print_carry_table(table):
     print("edges above layer 0, number of problems:")
-    print(f"  {'':19}{'with a carry':>18}{'without a carry':>20}")
-    print(f"  {'':19}{'reads':>8}{'does not':>10}{'reads':>10}{'does not':>10}")
+    print(f"  {'':30}{'with a carry':>18}{'without a carry':>20}")
+    print(f"  {'':30}{'reads':>8}{'does not':>10}{'reads':>10}{'does not':>10}")
     for edge, rows in table.items():
         cells = [rows[key][what] for key in ("carry", "no_carry") for what in ("reads", "does_not")]
-        print(f"  {edge:19}{cells[0]:8}{cells[1]:10}{cells[2]:10}{cells[3]:10}")
+        print(f"  {edge:30}{cells[0]:8}{cells[1]:10}{cells[2]:10}{cells[3]:10}")
 
 
 # -----------------------------------------------------------------------------
@@ -333,7 +342,8 @@ def draw_circuits(path, dense, sparse):
         for column, (problem, note) in enumerate(SHOWN.items()):
             axis = axes[row, column]
             opened = int((weights[column] > 0).sum())
-            draw_circuit(axis, weights[column], f"{problem}=?????", answers[column].tolist())
+            draw_circuit(axis, weights[column], f"{problem}=?????", answers[column].tolist(),
+                         faintest=0.3 if model.config.sparse else 0.01)
             if row == 0:
                 axis.set_title(f"{problem.replace('+', ' + ')}: {note}", fontsize=15)
             axis.set_xlabel(f"{opened} attention edges", fontsize=12)
@@ -342,13 +352,13 @@ def draw_circuits(path, dense, sparse):
     plt.close(figure)
 
 
-def draw_circuit(axis, weights, text, answer):
+def draw_circuit(axis, weights, text, answer, faintest):
     """One problem: characters at the bottom, layers upward, edge j -> i in blue by its weight."""
     n_layer = len(weights)
     for i in range(11):
         axis.plot([i, i], [0, n_layer], color="0.8", linewidth=2, zorder=1)  # residual stream
     for l, i, j in weights.nonzero().tolist():
-        strength = min(1.0, max(0.02, weights[l, i, j].item()))
+        strength = faintest + (1 - faintest) * min(1.0, weights[l, i, j].item())
         axis.plot([j, i], [l, l + 1], color="tab:blue", linewidth=2.2, alpha=strength, zorder=2)
     for level in range(n_layer + 1):
         for i in range(11):

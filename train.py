@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from geco import GECO
-from model import Config, Transformer
+from model import Config, Transformer, read_checkpoint
 from plumbing import tokens
 from plumbing.flags import Log, open_folder, run, write_results
 from plumbing.hub import read_pickle
@@ -53,14 +53,14 @@ class Flags:
     dense_lr: float = 2e-3  # its highest learning rate
     # the objective
     sparse: bool = True  # gates and penalty; --no-sparse is the dense control
-    gate_bias: float = 2.0  # b: a gate is open with probability sigmoid(s + b)
+    gate_bias: float | None = None  # b: open with sigmoid(s + b); default 2, or the init's own
     slack: float = 0.02  # tau = the dense CE + slack, nats
     tau: float | None = None  # the bound itself, instead of --slack
     nu: float = 0.01  # GECO: step of log lambda
     kp: float = 1.0  # GECO: proportional term
     ema: float = 0.95  # GECO: averaging of the noisy CE
     width: float = 0.02  # GECO: log(CE / tau) that counts as a full violation
-    lam_max: float = 1000.0  # GECO: upper bound of lambda
+    lam_max: float = 1000.0  # GECO: upper bound of exp(h), lambda without the proportional term
     distill: float = 0.0  # weight of KL(dense model, sparse model), which is added to CE
     control: str | None = None  # --out folder of the dense control, to report beside
     # the steps
@@ -68,7 +68,7 @@ class Flags:
     batch_size: int = 8  # sequences in memory at a time
     accumulate: int = 1  # gradient accumulation: batches a step
     steps: int = 3000  # optimiser steps
-    lr: float = 1e-3  # highest learning rate
+    lr: float | None = None  # highest learning rate; default 1e-3 from scratch, else 1e-4
     warmup: int = 100  # steps of linear warm-up
     weight_decay: float = 0.1  # of matrices
     clip: float = 1.0  # largest gradient norm
@@ -81,22 +81,36 @@ class Flags:
     threads: int = 2  # CPU threads
     eval_every: int = 200  # steps between evaluations, checkpoints and figures
     eval_sequences: int = 64  # held-out sequences of an evaluation
-    log_every: int = 20  # steps between printed lines
+    log_every: int = 1  # steps between printed lines
     sitting: int | None = None  # stop after this many steps; --resume goes on
     benchmark: int = 0  # only time this many steps, dense and sparse in turn
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "dense_steps", "batch_size", "accumulate",
-                     "steps", "threads", "eval_every", "eval_sequences", "log_every", "shards"):
-            if getattr(self, name) < 1:
+                     "steps", "threads", "eval_every", "eval_sequences", "log_every", "shards",
+                     "context", "sitting"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-        for name in ("lr", "dense_lr", "slack", "clip"):
+        for name in ("slack", "distill", "weight_decay", "warmup", "benchmark"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative")
+        self.lr = self.lr or (1e-3 if self.init == "scratch" else 1e-4)
+        for name in ("lr", "dense_lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be a positive number")
+        if self.gate_bias is not None and not math.isfinite(self.gate_bias):
+            raise ValueError("--gate-bias must be a finite number")
+        if abs(self.seed) >= 2**62:
+            raise ValueError("--seed must be below 2^62")
+        self.geco(self.tau if self.tau is not None else 1.0)  # its own checks, before any work
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"--dtype must be auto, float32 or bfloat16, got {self.dtype!r}")
         if self.device not in ("auto", "cpu", "cuda", "mps"):
             raise ValueError(f"--device must be auto, cpu, cuda or mps, got {self.device!r}")
+
+    def geco(self, tau):
+        return GECO(tau, nu=self.nu, kp=self.kp, ema=self.ema, width=self.width,
+                    lam_max=self.lam_max)
 
 
 # -----------------------------------------------------------------------------
@@ -145,9 +159,10 @@ def load_data(flags, config):
 def make_optimizer(model, flags):
     """AdamW; matrices decay, vectors do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": flags.weight_decay}
+    matrices = {"params": [p for p in parameters if p.dim() > 1]}
     vectors = {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, vectors], lr=flags.lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW([matrices, vectors], lr=flags.lr, betas=(0.9, 0.95),
+                             weight_decay=flags.weight_decay)
 
 
 def learning_rate(step, flags):
@@ -207,27 +222,42 @@ def start(flags, saved=None):
     """
     device, amp = pick_device(flags)
     dense = load_model(flags, sparse=False).to(device) if flags.distill or not saved else None
-    config = Config(**saved["config"]) if saved else changed(
-        dense.config, sparse=flags.sparse,
-        gate_bias=flags.gate_bias if flags.sparse else dense.config.gate_bias)
+    config = Config(**saved["config"] if saved else gated_config(flags, dense.config))
     context, blocks, fixed = load_data(flags, config)
+    sizes = {"blocks": blocks.n_blocks} | {split: len(fixed[split][0]) for split in fixed}
     if saved:
         state = saved["state"]
+        if state["data"] != sizes:
+            raise ValueError(f"--resume {flags.out}: the data has changed since, from "
+                             f"{state['data']} to {sizes}")
     else:
         ce = {split: evaluate(dense, fixed[split], flags, amp, device)[0] for split in fixed}
-        state = {"step": 0, "seconds": 0.0, "ce_dense": ce, "best": None, "trace": [],
-                 "tau": ce["val"] + flags.slack if flags.tau is None else flags.tau}
+        tau = ce["val"] + flags.slack if flags.tau is None else flags.tau
+        state = {"step": 0, "seconds": 0.0, "data": sizes, "ce_dense": ce, "tau": tau,
+                 "best": None, "trace": []}
     model = Transformer(config).to(device)
     model.load_state_dict(saved["model"] if saved else dense.state_dict())
     optimizer = make_optimizer(model, flags)
-    geco = GECO(state["tau"], nu=flags.nu, kp=flags.kp, ema=flags.ema, width=flags.width,
-                lam_max=flags.lam_max)
+    geco = flags.geco(state["tau"])
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
         geco.load_state_dict(saved["geco"])
     return {"device": device, "amp": amp, "context": context, "blocks": blocks, "fixed": fixed,
             "dense": dense if flags.distill else None, "model": model, "state": state,
             "optimizer": optimizer, "geco": geco}
+
+
+def gated_config(flags, config):
+    """The Config, as a dict, of the model to train: gates or not, and b."""
+    settings = asdict(config) | {"sparse": flags.sparse}
+    if flags.init != "scratch" and read_checkpoint(flags.init)[0].get("sparse"):
+        print(f"note: {flags.init} is sparse; its dense CE is that of its weights without gates")
+        own = config.gate_bias
+    else:
+        own = 2.0
+    if flags.sparse:
+        settings["gate_bias"] = own if flags.gate_bias is None else flags.gate_bias
+    return settings
 
 
 def step_once(r, flags, forward):
@@ -239,7 +269,7 @@ def step_once(r, flags, forward):
         sample = (0 if flags.overfit else step) * flags.accumulate + micro
         idx, targets = (x.to(device) for x in r["blocks"].batch(sample * flags.batch_size,
                                                                 flags.batch_size))
-        rows = micro * flags.batch_size + torch.arange(len(idx))  # samples of this step
+        rows = micro * flags.batch_size + torch.arange(len(idx))  # their numbers in the step
         seeds = fold_in(fold_in(flags.seed, step), rows).to(device)
         with r["amp"]():
             logits, ce, edges = forward(idx, targets, seed=seeds)
@@ -249,7 +279,8 @@ def step_once(r, flags, forward):
                 teacher = r["dense"](idx)[0].float().log_softmax(-1).flatten(0, 1)
             student = logits.float().log_softmax(-1).flatten(0, 1)
             kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-            constrained, totals["kl"] = ce + flags.distill * kl, totals["kl"] + kl.item()
+            constrained = ce + flags.distill * kl
+            totals["kl"] += kl.item() / flags.accumulate
         loss = geco.loss(edges.prob.mean(), constrained) if flags.sparse else constrained
         if flags.sparse:
             totals["open"] += edges.open.mean().item() / flags.accumulate
@@ -272,6 +303,9 @@ def look(r, flags, log):
     model, state = r["model"], r["state"]
     model.eval()
     ce, share = evaluate(model, r["fixed"]["val"], flags, r["amp"], r["device"])
+    if not math.isfinite(ce):
+        raise ValueError(f"step {state['step']}: the held-out CE is {ce}; the last good checkpoint "
+                         f"is in {flags.out}: try a lower --lr or --clip")
     point = {"step": state["step"], "val_ce": ce, "lambda": r["geco"].lam}
     if flags.sparse:
         sampled, _ = evaluate(model, r["fixed"]["val"], flags, r["amp"], r["device"], sampled=True)
@@ -302,14 +336,25 @@ def train(flags):
         flags, saved = load_run(flags)
     torch.set_num_threads(flags.threads)
     open_folder(flags.out)
+    old = [os.path.join(flags.out, name) for name in ("last.pt", "results.json", "best.pt")]
+    if not saved and os.path.exists(old[0]) and not os.path.exists(old[1]):
+        raise ValueError(f"{flags.out} holds a run that is not finished: go on with --resume "
+                         f"{flags.out}, or give another --out")
     r = start(flags, saved)
+    for path in [] if saved else filter(os.path.exists, old[1:]):
+        os.remove(path)  # of a finished run in the same folder
     state, per_step = r["state"], flags.batch_size * flags.accumulate * r["context"]
     announce(flags, r, per_step)
     forward = torch.compile(r["model"]) if flags.compile else r["model"]
-    log = Log(flags.out, append_after=state["step"] if saved else None, **asdict(flags))
+    log = Log(flags.out, state["step"] if saved else None, r["device"], **asdict(flags))
     last = min(flags.steps, state["step"] + (flags.sitting or flags.steps))
-    stop = []  # Ctrl-C lets the step finish, so that what is saved is a whole number of steps
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    stop, before = [], signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(*_):  # let the step finish, so that what is saved is a whole number of steps
+        stop.append(True)
+        signal.signal(signal.SIGINT, before)  # a second Ctrl-C ends at once
+
+    signal.signal(signal.SIGINT, on_interrupt)
     try:
         if not saved:
             look(r, flags, log)
@@ -334,7 +379,7 @@ def train(flags):
         print(f"saved step {state['step']} of {flags.steps}; go on with: "
               f"python train.py --resume {flags.out}")
         sys.exit(130 if stop else 0)
-    path = write_results(flags.out, started, **report(r, flags, per_step))
+    path = write_results(flags.out, started, r["device"], **report(r, flags, per_step))
     print("wrote", path, *(os.path.join(flags.out, f) for f in FIGURES if flags.sparse))
 
 
@@ -347,7 +392,9 @@ def load_run(given):
     if not isinstance(saved, dict) or not {"flags", "optimizer", "geco", "state"} <= saved.keys():
         raise ValueError(f"{path} is no checkpoint of a training run")
     free = ("out", "device", "threads", "log_every", "compile", "control")  # at most rounding
-    default, flags = asdict(Flags()), saved["flags"]
+    default, flags = asdict(Flags(init=given.init)), saved["flags"]
+    if flags.keys() != default.keys():
+        raise ValueError(f"{path} was written by another version of train.py")
     flags |= {"resume": given.resume, "sitting": given.sitting}
     for name, value in asdict(given).items():
         if value not in (default[name], flags[name]) and name not in free:
@@ -362,8 +409,8 @@ def announce(flags, r, per_step):
     """What will happen and the numbers to expect."""
     config, state = r["model"].config, r["state"]
     n = sum(p.numel() for p in r["model"].parameters())
-    print(f"{flags.init}: {n / 1e6:.1f}M parameters, {config.n_layer} layers x {config.n_head} heads, "
-          f"on {r['device']}; {flags.steps} steps of {per_step:,} tokens, context {r['context']}")
+    print(f"{flags.init}: {n / 1e6:.1f}M parameters, {config.n_layer} layers x {config.n_head} "
+          f"heads, on {r['device']}; {flags.steps} steps of {per_step:,} tokens, context {r['context']}")
     fresh = f", ln({config.vocab_size}) = {math.log(config.vocab_size):.4f} expected"
     print(f"held-out CE at the start, dense: {state['ce_dense']['val']:.4f} nats"
           + (fresh if flags.init == "scratch" else ""))
@@ -392,7 +439,8 @@ def report(r, flags, per_step):
     """The numbers on test text: dense, best and last state, and the control if there is one."""
     state, test, context = r["state"], r["fixed"]["test"], r["context"]
     measure = lambda model, **how: evaluate(model.eval(), test, flags, r["amp"], r["device"], **how)
-    results = {"ce_dense": state["ce_dense"]["test"], "context_length": context,
+    results = {"flags": asdict(flags), "ce_dense": state["ce_dense"]["test"],
+               "context_length": context, "training_seconds": round(state["seconds"], 1),
                "tokens": flags.steps * per_step,
                "tokens_per_second": round(flags.steps * per_step / state["seconds"])}
     ce, share = measure(r["model"])
@@ -400,8 +448,11 @@ def report(r, flags, per_step):
         print(f"test CE: {results['ce_dense']:.4f} at the start, {ce:.4f} now")
         return results | {"ce": ce}
     results |= {"tau": state["tau"], "ce_last": ce, "open_frac_last": share.mean().item()}
+    best_step = None
     if state["best"]:
-        best = Transformer.from_pretrained(os.path.join(flags.out, "best.pt")).to(r["device"])
+        path = os.path.join(flags.out, "best.pt")
+        best = Transformer.from_pretrained(path).to(r["device"])
+        best_step = read_pickle(path)["step"]
     else:
         print("no state met the bound: the last one is reported; more --steps or --slack may help")
         best = r["model"]
@@ -409,14 +460,31 @@ def report(r, flags, per_step):
     opened = share.mean().item()
     results |= {"ce_sparse": ce, "ce_sparse_sampled": measure(best, sampled=True)[0],
                 "open_frac": opened, "open_edges_per_query": edges_per_query(opened, context),
-                "best_step": state["best"] and state["best"]["step"], "heads": share.tolist()}
+                "best_step": best_step, "heads": share.tolist()}
     print(f"test CE: dense {results['ce_dense']:.4f}, sparse {ce:.4f}; open edges {opened:.2%}, "
           f"{results['open_edges_per_query']:.2f} a query and head at context {context}")
     if flags.control:
-        with open(os.path.join(flags.control, "results.json")) as f:
-            results["ce_dense_control"] = json.load(f)["ce"]
+        results["ce_dense_control"] = read_control(flags)
         print(f"dense control, as much training without gates: {results['ce_dense_control']:.4f}")
     return results
+
+
+def read_control(flags):
+    """The test CE of the --no-sparse run in flags.control; it must be the same training."""
+    try:
+        with open(os.path.join(flags.control, "results.json")) as f:
+            control = json.load(f)
+        theirs, ce = control["flags"], control["ce"]
+    except (OSError, ValueError, KeyError):
+        raise ValueError(f"--control {flags.control}: no results.json of a finished --no-sparse "
+                         "run is in it") from None
+    for name in ("init", "data", "steps", "batch_size", "accumulate", "context", "lr", "warmup",
+                 "weight_decay", "clip", "seed"):
+        if theirs[name] != getattr(flags, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"--control {flags.control} had {flag} {theirs[name]}, not "
+                             f"{getattr(flags, name)}: it is no control of this run")
+    return ce
 
 
 # -----------------------------------------------------------------------------
@@ -493,23 +561,35 @@ def benchmark(flags):
                 rates[kind].append(per_step / (time.time() - began))
     median = {kind: statistics.median(rate) for kind, rate in rates.items()}
     ratio = median["sparse"] / median["dense"]
-    print(f"tokens/s: dense {median['dense']:,.0f}, sparse {median['sparse']:,.0f}, ratio {ratio:.2f}")
-    print("wrote", write_results(flags.out, started, config=asdict(runs["sparse"]["model"].config),
-                                 context_length=runs["sparse"]["context"], tokens_per_second=median,
-                                 sparse_over_dense=ratio))
+    print(f"tokens/s: dense {median['dense']:,.0f}, sparse {median['sparse']:,.0f}, "
+          f"ratio {ratio:.2f}")
+    r = runs["sparse"]
+    print("wrote", write_results(flags.out, started, r["device"], tokens_per_second=median,
+                                 sparse_over_dense=ratio, context_length=r["context"],
+                                 config=asdict(r["model"].config)))
 
 
 def main(flags):
-    name = os.path.basename(flags.init.rstrip("/"))
-    flags.out = flags.out or flags.resume or os.path.join("out", name)
+    flags.out = flags.out or flags.resume or default_out(flags)
     if flags.benchmark:
         return benchmark(flags)
+    if flags.control and flags.sparse and not flags.resume:
+        read_control(flags)  # it must be there and fit before the long run, not after
     if flags.init == "scratch" and flags.sparse and not flags.resume:
         print("from scratch: first a dense base, then its sparse post-training")
         base = os.path.join(flags.out, "dense")
-        train(changed(flags, sparse=False, steps=flags.dense_steps, lr=flags.dense_lr, out=base))
+        begun = base if os.path.exists(os.path.join(base, "last.pt")) else None
+        train(changed(flags, sparse=False, steps=flags.dense_steps, lr=flags.dense_lr, out=base,
+                      resume=begun, distill=0.0, overfit=False, control=None))
         flags = changed(flags, init=os.path.join(base, "last.pt"))
     train(flags)
+
+
+def default_out(flags):
+    """out/NAME of the init, a checkpoint by its folder; the dense control beside it."""
+    path = os.path.abspath(flags.init) if os.path.isfile(flags.init) else flags.init.rstrip("/")
+    name = os.path.basename(os.path.dirname(path) if os.path.isfile(path) else path)
+    return os.path.join("out", name + ("" if flags.sparse else "-control"))
 
 
 if __name__ == "__main__":

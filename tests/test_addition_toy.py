@@ -98,9 +98,14 @@ def test_words_and_table_of_a_circuit_made_by_hand():
     ]
     gates[:, 1, 0, toy.TENS, 6] = torch.arange(10000) % 100 < 10  # a detour, in a tenth
     table = toy.carry_table(gates)
-    assert list(table) == ["tens <- units", "tens <- answer 1", "hundreds <- units", "hundreds <- tens"]
+    assert list(table) == [
+        "tens <- units", "tens <- units, own sum < 10", "tens <- units, own sum >= 10",
+        "tens <- answer 1", "tens <- answer 1, own sum < 10", "tens <- answer 1, own sum >= 10",
+        "hundreds <- units", "hundreds <- tens"]
     assert table["tens <- units"] == {"carry": {"reads": 4500, "does_not": 0},
                                       "no_carry": {"reads": 0, "does_not": 5500}}
+    assert table["tens <- units, own sum >= 10"]["carry"] == {"reads": 2025, "does_not": 0}
+    assert table["tens <- units, own sum < 10"]["no_carry"] == {"reads": 0, "does_not": 3025}
     assert table["hundreds <- tens"]["carry"] == {"reads": 0, "does_not": 4950}
     assert table["hundreds <- units"]["carry"] == {"reads": 0, "does_not": 4500}
     assert sum(table["tens <- answer 1"][c]["reads"] for c in ("carry", "no_carry")) == 1000
