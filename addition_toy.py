@@ -61,6 +61,8 @@ class Flags:
                 raise ValueError(f"--{name.replace('_', '-')} must be a positive number")
         if not math.isfinite(self.gate_bias):
             raise ValueError("--gate-bias must be a finite number")
+        if abs(self.seed) >= 2**62:
+            raise ValueError("--seed must be below 2^62")
         GECO(1.0, nu=self.nu, kp=self.kp, lam_min=self.lam_min, lam_max=self.lam_max)  # its checks
 
 
@@ -446,7 +448,7 @@ def main(flags):
     print(f"two-digit addition: {flags.dense_steps} dense steps, then {flags.tries} tries of "
           f"{flags.waves} x {flags.wave_steps} sparse steps a seed,\nabout 4 minutes on 2 cores; expect "
           "100% exact dense, 99.9% or more and about 6 open edges sparse")
-    log, per_seed, traces = Log(flags.out, **asdict(flags)), [], []
+    log, per_seed, traces = Log(flags.out, asdict(flags)), [], []
     figures = [os.path.join(flags.out, name) for name in ("circuits.png", "training.png")]
     for seed in range(flags.seed, flags.seed + flags.seeds):
         results, trace, dense, sparse = run_seed(flags, seed, data, log)

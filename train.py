@@ -346,7 +346,7 @@ def train(flags):
     state, per_step = r["state"], flags.batch_size * flags.accumulate * r["context"]
     announce(flags, r, per_step)
     forward = torch.compile(r["model"]) if flags.compile else r["model"]
-    log = Log(flags.out, state["step"] if saved else None, r["device"], **asdict(flags))
+    log = Log(flags.out, asdict(flags), state["step"] if saved else None, r["device"])
     last = min(flags.steps, state["step"] + (flags.sitting or flags.steps))
     stop, before = [], signal.getsignal(signal.SIGINT)
 

@@ -133,7 +133,7 @@ class Log:
     append_after: go on with the file of a stopped run, without its records of later steps.
     """
 
-    def __init__(self, folder, append_after=None, device="cpu", **config):
+    def __init__(self, folder, config, append_after=None, device="cpu"):
         path, kept = os.path.join(folder, "log.jsonl"), []
         if append_after is not None and os.path.exists(path):
             kept = earlier_lines(path, append_after)

@@ -92,7 +92,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_results_and_log_carry_a_header(tmp_path):
     path = flags.write_results(str(tmp_path), 0.0, exact=1.0)
-    log = flags.Log(str(tmp_path), lr=0.1)
+    log = flags.Log(str(tmp_path), {"lr": 0.1})
     log.write(step=1, ce=0.5)
     results = json.load(open(path))
     lines = [json.loads(line) for line in open(tmp_path / "log.jsonl")]

@@ -162,7 +162,7 @@ def test_evaluation_uses_no_training_randomness(base, tmp_path):
 
 
 def wait_for(path, process, pattern):
-    for _ in range(600):
+    for _ in range(2400):
         if path.exists() and re.search(pattern, path.read_text()):
             return
         assert process.poll() is None, process.stderr.read()
