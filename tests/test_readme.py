@@ -37,7 +37,7 @@ def test_the_table_of_seeds_is_the_result_file():
                f"{r['mean_open_edges']:.2f} |")
         assert row in README, row
         assert r["exact"] >= 0.999 and r["exact_heldout"] >= 0.995 and r["dense_exact"] >= 0.999
-        assert r["mean_open_edges"] <= 8.0 and r["allowed_edges"] == 242
+        assert r["mean_open_edges"] <= 10.0 and r["allowed_edges"] == 242
 
 
 def test_the_carry_table_is_the_result_file():
