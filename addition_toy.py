@@ -47,8 +47,8 @@ class Flags:
     loose: float = 0.033  # the bound on CE at the start of a wave, nats a digit
     nu: float = 0.01  # GECO: step of log lambda
     kp: float = 2.0  # GECO: proportional term
-    lam_min: float = 0.1  # GECO: lower bound of it
-    lam_max: float = 30.0  # GECO: upper bound of exp(h), lambda without the proportional term
+    lam_min: float = 0.1  # GECO: lower bound of exp(h), lambda without the proportional term
+    lam_max: float = 30.0  # GECO: upper bound of exp(h)
     threads: int = 2  # CPU threads
 
     def __post_init__(self):
@@ -72,7 +72,6 @@ class Flags:
 CHARACTERS = "0123456789+=?"
 ANSWER = range(6, 11)  # positions of the five answer digits; the last three are the sum's
 HUNDREDS, TENS, UNITS = 8, 9, 10
-OPERANDS = {TENS: (0, 3), UNITS: (1, 4)}  # positions of the two digits a place adds
 
 
 def encode(text):

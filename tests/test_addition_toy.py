@@ -88,7 +88,7 @@ def test_shut_edges_have_no_weight_and_dense_rows_sum_to_one():
 def test_words_and_table_of_a_circuit_made_by_hand():
     """Layer 0: units read both units. Layer 1: tens read the units when there is a carry."""
     gates = torch.zeros(10000, 2, 1, 11, 11, dtype=torch.bool)
-    gates[:, 0, 0, toy.UNITS, list(toy.OPERANDS[toy.UNITS])] = True
+    gates[:, 0, 0, toy.UNITS, [1, 4]] = True
     gates[toy.carries()[:, 0], 1, 0, toy.TENS, toy.UNITS] = True
     gates[:, 1, 0, toy.HUNDREDS, toy.HUNDREDS] = True  # reading oneself is not reading a carry
     assert toy.describe(gates) == [
