@@ -66,17 +66,15 @@ def noise_keys(seeds, H, T):
 HALF = torch.tensor(0.5 + 2.0**-24)  # a tensor, for torch.add takes no number first
 
 
-def uniform(start, stride, column, buffers=(None, None, None)):
+def uniform(start, stride, column, buffers=(None, None)):
     """u_ij in (0, 1), float32, from noise_keys: rows (..., R, 1), columns (K,) -> (..., R, K).
 
-    Each row is a random multiply-add of the scrambled column number modulo 2^32, which makes any
-    two columns independent; an xor-shift and a multiply break what is linear in that. 23 bits
-    stay, in the middle of their cell: (bits + 1/2) / 2^23 is exact in float32, never 0 and never 1.
+    Each row is a random multiply-add of the scrambled column number modulo 2^32, of which the top
+    23 bits stay: multiply-shift hashing (Dietzfelbinger 1996), any two columns are independent. The
+    number is the middle of its cell, (bits + 1/2) / 2^23: exact in float32, never 0 and never 1.
     """
-    x, shifted, u = buffers
+    x, u = buffers
     x = torch.mul(stride, column, out=x).add_(start)
-    x ^= torch.bitwise_right_shift(x, 16, out=shifted).bitwise_and_(0xFFFF)
-    x *= 0x7FEB352D
     x >>= 9  # an arithmetic shift: bits - 2^22
     u = x.float() if u is None else u.copy_(x)
     return torch.add(HALF, u, alpha=2.0**-23, out=u)
@@ -151,7 +149,7 @@ class Tile:
         self.corner = torch.full((rows, rows), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
         self.causal = causal
         size = min(N, max(1, TILE // (rows * T))) * rows * T
-        dtypes = [q.dtype] * 6 + [torch.int32] * 2
+        dtypes = [q.dtype] * 6 + [torch.int32]
         self.memory = [torch.empty(size, dtype=dtype, device=q.device) for dtype in dtypes]
         self.shaped = {}
 
@@ -163,7 +161,7 @@ class Tile:
     def __call__(self, n, i, j):
         """s, p, A, u (None for deterministic gates) and two free buffers, all (G, R, K)."""
         q, k = self.q[n, i], self.k[n, j]  # (G, R, D), (G, K, D)
-        s, p, A, u, free1, free2, *ints = self.buffers(len(q), q.shape[1], k.shape[1])
+        s, p, A, u, free1, free2, bits = self.buffers(len(q), q.shape[1], k.shape[1])
         torch.bmm(q, k.mT, out=s)
         if self.causal:  # only the last rows x rows square holds pairs that are not allowed
             R = q.shape[1]
@@ -173,7 +171,7 @@ class Tile:
             torch.gt(p, 0, out=A)
             return s, p.sigmoid_(), A, None, free1, free2
         start, stride, column = self.keys
-        uniform(start[n, i], stride[n, i], column[j], (*ints, u))
+        uniform(start[n, i], stride[n, i], column[j], (bits, u))
         torch.lt(u, p.sigmoid_(), out=A)  # the same event as s + b - logit(u) > 0
         return s, p, A, u, free1, free2
 
@@ -181,8 +179,8 @@ class Tile:
 class Chunked(torch.autograd.Function):
     """`naive` for q (B * H, T, D) and k, v (B * H_kv, T, D), one seed for each of the B sequences.
 
-    Saves q, k, v, y, the log-sum-exp of each row and the seeds. With r = dE / pairs, w = p (1 - p)
-    and g = sigmoid(s + b + n), the gradients are
+    Saves q, k, v, y and the seeds; a tile holds whole rows, so the backward pass takes their softmax
+    again. With r = dE / pairs, w = p (1 - p) and g = sigmoid(s + b + n), the gradients are
         ds = a ((A + g (1 - g)) (dy V^T) - dy . y) + r w,  dQ = ds K,  dK = ds^T Q,  dV = (A a)^T dy
     """
 
@@ -192,20 +190,16 @@ class Chunked(torch.autograd.Function):
         if group > 1:
             k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
         N, T, _ = q.shape
-        y, lse = torch.empty_like(q), q.new_empty(N, T, 1)
-        E, share = q.new_zeros(N), q.new_zeros(N)
+        y, E, share = torch.empty_like(q), q.new_zeros(N), q.new_zeros(N)
         tile = Tile(q, k, bias, seeds, causal)
         for n, i, j in tiles(N, T, causal):
             s, p, A, *_ = tile(n, i, j)
-            top = s.amax(-1, keepdim=True)
-            e = s.sub_(top).exp_()
-            z = e.sum(-1, keepdim=True)  # over all allowed keys: a = e / z
-            torch.div(torch.bmm(e.mul_(A), v[n, j]), z, out=y[n, i])
-            torch.add(top, z.log(), out=lse[n, i])
+            a = torch.softmax(s, -1, out=s)
+            torch.bmm(a.mul_(A), v[n, j], out=y[n, i])
             E[n].add_(p.sum((-2, -1)))
             share[n].add_(A.sum((-2, -1)))
         pairs = T * (T + 1) // 2 if causal else T * T
-        ctx.save_for_backward(*inputs, y, lse, seeds)
+        ctx.save_for_backward(*inputs, y, seeds)
         ctx.bias, ctx.causal, ctx.pairs = bias, causal, pairs
         ctx.mark_non_differentiable(share)
         return y, E.div_(pairs), share.div_(pairs)
@@ -218,7 +212,7 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx, dy, dE):
-        q, k, v, y, lse, seeds = ctx.saved_tensors
+        q, k, v, y, seeds = ctx.saved_tensors
         group = len(q) // len(k)
         if group > 1:
             k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))
@@ -229,7 +223,7 @@ class Chunked(torch.autograd.Function):
         for n, i, j in tiles(*q.shape[:2], ctx.causal):
             # in place, so the order counts: g takes p's place, A a takes A's, dA is free until then
             s, p, A, u, w, dA = tile(n, i, j)
-            a = s.sub_(lse[n, i]).exp_()
+            a = torch.softmax(s, -1, out=s)
             torch.addcmul(p, p, p, value=-1, out=w)  # p (1 - p)
             g = p if u is None else sampled_gate(p, u, dA)
             slope = g.addcmul_(g, g, value=-1).add_(A)  # A + g (1 - g)

@@ -153,7 +153,7 @@ def values_and_gradients(impl, q, k, v, bias, seed, causal):
 def test_chunked_equals_naive(T, causal, seed, H_kv):
     """In float64 to rounding, the noise being the same; in float32 to float32's rounding."""
     for bias in (-30.0, -2.0, 0.0, 3.0, 30.0):
-        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
             q, k, v = random_qkv(H_kv=H_kv, T=T, dtype=dtype)
             naive = values_and_gradients("naive", q, k, v, bias, seed, causal)
             chunked = values_and_gradients("chunked", q, k, v, bias, seed, causal)
@@ -208,7 +208,7 @@ def test_noise_does_not_depend_on_tiles_or_batch(monkeypatch):
     assert torch.equal(u[:, :, :20, :20], noise([9, 2**40], 4, 20))
     assert torch.equal(u[1:, :2], noise([2**40], 2, 50))
     drawn = []
-    monkeypatch.setattr(sparse, "uniform", lambda *a: drawn.append(uniform(*a).clone()) or a[3][2])
+    monkeypatch.setattr(sparse, "uniform", lambda *a: drawn.append(uniform(*a).clone()) or a[3][1])
     for rows, tile in ((64, 2**18), (7, 2**10), (16, 1)):
         monkeypatch.setattr(sparse, "ROWS", rows)
         monkeypatch.setattr(sparse, "TILE", tile)
@@ -281,12 +281,9 @@ def test_uniform_has_no_correlation_between_neighbours():
 
 
 def test_uniform_stays_inside_at_the_extreme_bits():
-    """Starts chosen backwards, so that all bits end as 0 or as 1: 2^-24 from 0 and from 1."""
-    inverse = pow(0x7FEB352D, -1, 2**32)
-    for bits, want in ((0x80000000, 2**-24), (0x7FFFFFFF, 1 - 2**-24)):
-        x = bits * inverse % 2**32
-        x ^= x >> 16
-        start = torch.tensor([[x - 2**32 if x >= 2**31 else x]], dtype=torch.int32)
+    """The lowest and the highest int32: 2^-24 from 0 and from 1."""
+    for x, want in ((-(2**31), 2**-24), (2**31 - 1, 1 - 2**-24)):
+        start = torch.tensor([[x]], dtype=torch.int32)
         stride, column = torch.ones_like(start), torch.zeros(1, dtype=torch.int32)
         assert uniform(start, stride, column).item() == want
 
