@@ -131,21 +131,20 @@ def main(flags):
 
 
 def draw(trace, expected, path):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from plumbing.flags import save_figure
 
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    figure = Figure(figsize=(11, 3), layout="constrained")
     colors = ["tab:blue", "tab:orange", "tab:purple"]
+    axes = figure.subplots(1, 3)
     for axis, name, values, color in zip(axes, expected, zip(*trace), colors):
         axis.plot(values, color=color)
         label = f"$\\tau$ = {expected[name]:g}" if name == "constraint" else "exact answer"
         axis.axhline(expected[name], color="black", linestyle="--", linewidth=1, label=label)
         axis.set(xlabel="step", title={"lambda": "multiplier $\\lambda$"}.get(name, name))
         axis.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

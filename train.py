@@ -27,12 +27,13 @@ from dataclasses import asdict, dataclass, replace as changed
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from geco import GECO
 from model import Config, Transformer, read_checkpoint
 from plumbing import tokens
-from plumbing.flags import Log, open_folder, run, write_results
+from plumbing.flags import Log, open_folder, run, save_figure, write_results
 from plumbing.hub import read_pickle
 from sparse import fold_in
 
@@ -495,14 +496,10 @@ FIGURES = ("ce_open.png", "heads.png", "lambda.png")
 
 def draw(r, flags):
     """CE against open edges (Figure 2a of the paper), open edges of each head, and lambda."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     state, trace = r["state"], r["state"]["trace"]
     opened = [100 * p["open"] for p in trace]
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axis = figure.subplots()
     axis.plot(opened, [p["val_ce"] for p in trace], "o-", markersize=3, label="deterministic gates")
     axis.plot(opened, [p["val_ce_sampled"] for p in trace], ".", color="0.6", label="sampled gates")
     axis.axhline(state["ce_dense"]["val"], color="black", linewidth=1, label="dense model")
@@ -514,17 +511,19 @@ def draw(r, flags):
              ylabel="held-out CE (nats a token)")
     axis.invert_xaxis()
     axis.legend(fontsize=9)
-    figure.savefig(os.path.join(flags.out, FIGURES[0]), dpi=130)
+    save_figure(figure, os.path.join(flags.out, FIGURES[0]))
 
-    figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axis = figure.subplots()
     shares = np.array((state["best"] or trace[-1])["heads"]) * 100
     image = axis.imshow(shares, cmap="viridis", vmin=0, origin="lower", aspect="auto")
     n_layer, n_head = shares.shape
     axis.set(xlabel="head", ylabel="layer", xticks=range(n_head), yticks=range(n_layer))
     figure.colorbar(image, label="open edges (%)")
-    figure.savefig(os.path.join(flags.out, FIGURES[1]), dpi=130)
+    save_figure(figure, os.path.join(flags.out, FIGURES[1]))
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3)
     steps = [p["step"] for p in trace]
     axes[0].plot(steps, [p["val_ce"] for p in trace])
     axes[0].axhline(state["tau"], color="black", linestyle="--", linewidth=1, label="$\\tau$")
@@ -535,8 +534,7 @@ def draw(r, flags):
     axes[1].set(xlabel="step", ylabel="open attention edges (%)", yscale="log")
     axes[2].plot(steps, [p["lambda"] for p in trace])
     axes[2].set(xlabel="step", ylabel="multiplier $\\lambda$", yscale="log")
-    figure.savefig(os.path.join(flags.out, FIGURES[2]), dpi=130)
-    plt.close("all")
+    save_figure(figure, os.path.join(flags.out, FIGURES[2]))
 
 
 # -----------------------------------------------------------------------------

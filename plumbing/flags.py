@@ -87,6 +87,11 @@ def replace_text(path, text):
     replace(path, lambda temporary: pathlib.Path(temporary).write_text(text))
 
 
+def save_figure(figure, path):
+    """A matplotlib Figure as a PNG, the whole of it or the one that was there."""
+    replace(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+
+
 def open_folder(path):
     """Make the output folder and prove that it can be written, before any work is done."""
     try:
