@@ -182,13 +182,13 @@ def train_dense(flags, seed, idx, targets, train):
         n_embd=flags.n_embd, causal=False, tied_head=False, gate_bias=flags.gate_bias,
         init_std=0.125))
     optimizer = make_optimizer(model)
-    for step in tqdm(range(flags.dense_steps), desc="  dense ", mininterval=1):
-        b = batch(step, seed, flags.batch_size, train)
-        loss = model(idx[b], targets[b])[1]
-        if not math.isfinite(loss.item()):
-            raise ValueError(f"dense training diverged at step {step + 1}: try a lower --dense-lr")
-        lr = learning_rate(step, flags.dense_steps, flags.dense_lr)
-        descend(optimizer, loss, lr)
+    with tqdm(range(flags.dense_steps), desc="  dense ", mininterval=1) as steps:
+        for step in steps:
+            b = batch(step, seed, flags.batch_size, train)
+            loss = model(idx[b], targets[b])[1]
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"dense training diverged at step {step + 1}: lower --dense-lr")
+            descend(optimizer, loss, learning_rate(step, flags.dense_steps, flags.dense_lr))
     return model
 
 

@@ -261,23 +261,23 @@ def gated_config(flags, config):
     return settings
 
 
-def step_once(r, flags, forward):
+def step_once(job, flags, forward):
     """One optimiser step: the numbers of its line. A loss that is not finite: ValueError."""
-    model, geco, step, device = r["model"], r["geco"], r["state"]["step"], r["device"]
+    model, geco, step, device = job["model"], job["geco"], job["state"]["step"], job["device"]
     totals = {"ce": 0.0, "open": 0.0, "kl": 0.0}
-    r["optimizer"].zero_grad()
+    job["optimizer"].zero_grad()
     for micro in range(flags.accumulate):
         sample = (0 if flags.overfit else step) * flags.accumulate + micro
-        idx, targets = (x.to(device) for x in r["blocks"].batch(sample * flags.batch_size,
+        idx, targets = (x.to(device) for x in job["blocks"].batch(sample * flags.batch_size,
                                                                 flags.batch_size))
         rows = micro * flags.batch_size + torch.arange(len(idx))  # their numbers in the step
         seeds = fold_in(fold_in(flags.seed, step), rows).to(device)
-        with r["amp"]():
+        with job["amp"]():
             logits, ce, edges = forward(idx, targets, seed=seeds)
         constrained, totals["ce"] = ce, totals["ce"] + ce.item() / flags.accumulate
         if flags.distill:
-            with torch.no_grad(), r["amp"]():
-                teacher = r["dense"](idx)[0].float().log_softmax(-1).flatten(0, 1)
+            with torch.no_grad(), job["amp"]():
+                teacher = job["dense"](idx)[0].float().log_softmax(-1).flatten(0, 1)
             student = logits.float().log_softmax(-1).flatten(0, 1)
             kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
             constrained = ce + flags.distill * kl
@@ -291,43 +291,43 @@ def step_once(r, flags, forward):
         raise ValueError(f"step {step + 1}: the loss is {totals['ce']}, its gradient {norm}; the "
                          f"last good checkpoint is in {flags.out}: try a lower --lr or --clip")
     lr = learning_rate(step, flags)
-    for group in r["optimizer"].param_groups:
+    for group in job["optimizer"].param_groups:
         group["lr"] = lr
-    r["optimizer"].step()
+    job["optimizer"].step()
     if flags.sparse:
         geco.update(totals["ce"])
     return totals | {"lr": lr, "norm": norm}
 
 
-def look(r, flags, log):
+def checkpoint(job, flags, log):
     """Evaluate, keep the best state, write the checkpoint and refresh the figures."""
-    model, state = r["model"], r["state"]
+    model, state = job["model"], job["state"]
     model.eval()
-    ce, share = evaluate(model, r["fixed"]["val"], flags, r["amp"], r["device"])
+    ce, share = evaluate(model, job["fixed"]["val"], flags, job["amp"], job["device"])
     if not math.isfinite(ce):
         raise ValueError(f"step {state['step']}: the held-out CE is {ce}; the last good checkpoint "
                          f"is in {flags.out}: try a lower --lr or --clip")
-    point = {"step": state["step"], "val_ce": ce, "lambda": r["geco"].lam}
+    point = {"step": state["step"], "val_ce": ce, "lambda": job["geco"].lam}
     if flags.sparse:
-        sampled, _ = evaluate(model, r["fixed"]["val"], flags, r["amp"], r["device"], sampled=True)
+        sampled, _ = evaluate(model, job["fixed"]["val"], flags, job["amp"], job["device"], sampled=True)
         point |= {"val_ce_sampled": sampled, "open": share.mean().item(), "heads": share.tolist()}
         if ce <= state["tau"] and (not state["best"] or point["open"] < state["best"]["open"]):
             state["best"] = point
             model.save_checkpoint(os.path.join(flags.out, "best.pt"), step=state["step"])
     state["trace"].append(point)
     log.write(**point)
-    save(r, flags)
+    save(job, flags)
     if flags.sparse:
-        draw(r, flags)
+        draw(job, flags)
     model.train()
     return point
 
 
-def save(r, flags):
+def save(job, flags):
     """last.pt: all that --resume needs."""
-    r["model"].save_checkpoint(os.path.join(flags.out, "last.pt"), flags=asdict(flags),
-                               optimizer=r["optimizer"].state_dict(),
-                               geco=r["geco"].state_dict(), state=r["state"])
+    job["model"].save_checkpoint(os.path.join(flags.out, "last.pt"), flags=asdict(flags),
+                               optimizer=job["optimizer"].state_dict(),
+                               geco=job["geco"].state_dict(), state=job["state"])
 
 
 def train(flags):
@@ -341,13 +341,13 @@ def train(flags):
     if not saved and os.path.exists(old[0]) and not os.path.exists(old[1]):
         raise ValueError(f"{flags.out} holds a run that is not finished: go on with --resume "
                          f"{flags.out}, or give another --out")
-    r = start(flags, saved)
+    job = start(flags, saved)
     for path in [] if saved else filter(os.path.exists, old[1:]):
         os.remove(path)  # of a finished run in the same folder
-    state, per_step = r["state"], flags.batch_size * flags.accumulate * r["context"]
-    announce(flags, r, per_step)
-    forward = torch.compile(r["model"]) if flags.compile else r["model"]
-    log = Log(flags.out, asdict(flags), state["step"] if saved else None, r["device"])
+    state, per_step = job["state"], flags.batch_size * flags.accumulate * job["context"]
+    announce(flags, job, per_step)
+    forward = torch.compile(job["model"]) if flags.compile else job["model"]
+    log = Log(flags.out, asdict(flags), state["step"] if saved else None, job["device"])
     last = min(flags.steps, state["step"] + (flags.sitting or flags.steps))
     stop, before = [], signal.getsignal(signal.SIGINT)
 
@@ -358,29 +358,28 @@ def train(flags):
     signal.signal(signal.SIGINT, on_interrupt)
     try:
         if not saved:
-            look(r, flags, log)
-        for _ in tqdm(range(state["step"], last), initial=state["step"], total=flags.steps,
-                      disable=None, mininterval=1):
-            began = time.time()
-            line = step_once(r, flags, forward)
-            state["step"] += 1
-            state["seconds"] += time.time() - began
-            at_end = state["step"] == last
-            if state["step"] % flags.log_every == 0 or at_end:
-                say(flags, r, line, per_step / (time.time() - began), log)
-            if state["step"] % flags.eval_every == 0 or state["step"] == flags.steps:
-                look(r, flags, log)
-            elif stop or at_end:
-                save(r, flags)
-            if stop:
-                break
+            checkpoint(job, flags, log)
+        with tqdm(initial=state["step"], total=flags.steps, disable=None, mininterval=1) as bar:
+            while state["step"] < last and not stop:
+                began = time.time()
+                line = step_once(job, flags, forward)
+                state["step"] += 1
+                state["seconds"] += time.time() - began
+                at_end = state["step"] == last
+                if state["step"] % flags.log_every == 0 or at_end:
+                    print_step(flags, job, line, per_step / (time.time() - began), log)
+                if state["step"] % flags.eval_every == 0 or state["step"] == flags.steps:
+                    checkpoint(job, flags, log)
+                elif stop or at_end:
+                    save(job, flags)
+                bar.update()
     finally:
         signal.signal(signal.SIGINT, before)
     if state["step"] < flags.steps:
         print(f"saved step {state['step']} of {flags.steps}; go on with: "
               f"python train.py --resume {flags.out}")
         sys.exit(130 if stop else 0)
-    path = write_results(flags.out, started, r["device"], **report(r, flags, per_step))
+    path = write_results(flags.out, started, job["device"], **report(job, flags, per_step))
     print("wrote", path, *(os.path.join(flags.out, f) for f in FIGURES if flags.sparse))
 
 
@@ -406,12 +405,12 @@ def load_run(given):
     return Flags(**flags | {"out": given.resume}), saved
 
 
-def announce(flags, r, per_step):
+def announce(flags, job, per_step):
     """What will happen and the numbers to expect."""
-    config, state = r["model"].config, r["state"]
-    n = sum(p.numel() for p in r["model"].parameters())
+    config, state = job["model"].config, job["state"]
+    n = sum(p.numel() for p in job["model"].parameters())
     print(f"{flags.init}: {n / 1e6:.1f}M parameters, {config.n_layer} layers x {config.n_head} "
-          f"heads, on {r['device']}; {flags.steps} steps of {per_step:,} tokens, context {r['context']}")
+          f"heads, on {job['device']}; {flags.steps} steps of {per_step:,} tokens, context {job['context']}")
     fresh = f", ln({config.vocab_size}) = {math.log(config.vocab_size):.4f} expected"
     print(f"held-out CE at the start, dense: {state['ce_dense']['val']:.4f} nats"
           + (fresh if flags.init == "scratch" else ""))
@@ -419,12 +418,12 @@ def announce(flags, r, per_step):
         print(f"tau = {state['tau']:.4f}: the fewest open edges at a CE of at most that")
 
 
-def say(flags, r, line, rate, log):
+def print_step(flags, job, line, rate, log):
     """The line of a step, on screen and in log.jsonl; rate in tokens/s."""
-    geco, state = r["geco"], r["state"]
-    name = torch.cuda.get_device_name() if r["device"] == "cuda" else ""
+    geco, state = job["geco"], job["state"]
+    name = torch.cuda.get_device_name() if job["device"] == "cuda" else ""
     peak = next((flops for key, flops in PEAKS.items() if key in name), None)
-    mfu = rate * flops_per_token(r["model"], r["context"]) / peak if peak else None
+    mfu = rate * flops_per_token(job["model"], job["context"]) / peak if peak else None
     record = {"step": state["step"], **line, "tokens_per_second": round(rate), "mfu": mfu}
     text = f"step {state['step']:6} | CE {line['ce']:.4f}"
     if flags.sparse:
@@ -436,15 +435,15 @@ def say(flags, r, line, rate, log):
     log.write(**record)
 
 
-def report(r, flags, per_step):
+def report(job, flags, per_step):
     """The numbers on test text: dense, best and last state, and the control if there is one."""
-    state, test, context = r["state"], r["fixed"]["test"], r["context"]
-    measure = lambda model, **how: evaluate(model.eval(), test, flags, r["amp"], r["device"], **how)
+    state, test, context = job["state"], job["fixed"]["test"], job["context"]
+    measure = lambda model, **how: evaluate(model.eval(), test, flags, job["amp"], job["device"], **how)
     results = {"flags": asdict(flags), "ce_dense": state["ce_dense"]["test"],
                "context_length": context, "training_seconds": round(state["seconds"], 1),
                "tokens": flags.steps * per_step,
                "tokens_per_second": round(flags.steps * per_step / state["seconds"])}
-    ce, share = measure(r["model"])
+    ce, share = measure(job["model"])
     if not flags.sparse:
         print(f"test CE: {results['ce_dense']:.4f} at the start, {ce:.4f} now")
         return results | {"ce": ce}
@@ -452,11 +451,11 @@ def report(r, flags, per_step):
     best_step = None
     if state["best"]:
         path = os.path.join(flags.out, "best.pt")
-        best = Transformer.from_pretrained(path).to(r["device"])
+        best = Transformer.from_pretrained(path).to(job["device"])
         best_step = read_pickle(path)["step"]
     else:
         print("no state met the bound: the last one is reported; more --steps or --slack may help")
-        best = r["model"]
+        best = job["model"]
     ce, share = measure(best)
     opened = share.mean().item()
     results |= {"ce_sparse": ce, "ce_sparse_sampled": measure(best, sampled=True)[0],
@@ -494,9 +493,9 @@ def read_control(flags):
 FIGURES = ("ce_open.png", "heads.png", "lambda.png")
 
 
-def draw(r, flags):
+def draw(job, flags):
     """CE against open edges (Figure 2a of the paper), open edges of each head, and lambda."""
-    state, trace = r["state"], r["state"]["trace"]
+    state, trace = job["state"], job["state"]["trace"]
     opened = [100 * p["open"] for p in trace]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axis = figure.subplots()
@@ -507,7 +506,7 @@ def draw(r, flags):
     if state["best"]:
         axis.plot(100 * state["best"]["open"], state["best"]["val_ce"], "*", markersize=14,
                   color="tab:orange", label="best state")
-    axis.set(xscale="log", xlabel=f"open attention edges (%), context {r['context']}",
+    axis.set(xscale="log", xlabel=f"open attention edges (%), context {job['context']}",
              ylabel="held-out CE (nats a token)")
     axis.invert_xaxis()
     axis.legend(fontsize=9)
@@ -551,20 +550,20 @@ def benchmark(flags):
     per_step = flags.batch_size * flags.accumulate * runs["dense"]["context"]
     rates = {kind: [] for kind in runs}
     for n in range(flags.benchmark + 1):
-        for kind, r in runs.items():
+        for kind, job in runs.items():
             began = time.time()
-            step_once(r, both[kind], r["model"])
-            r["state"]["step"] += 1
+            step_once(job, both[kind], job["model"])
+            job["state"]["step"] += 1
             if n > 0:  # the first is warm-up
                 rates[kind].append(per_step / (time.time() - began))
     median = {kind: statistics.median(rate) for kind, rate in rates.items()}
     ratio = median["sparse"] / median["dense"]
     print(f"tokens/s: dense {median['dense']:,.0f}, sparse {median['sparse']:,.0f}, "
           f"ratio {ratio:.2f}")
-    r = runs["sparse"]
-    print("wrote", write_results(flags.out, started, r["device"], tokens_per_second=median,
-                                 sparse_over_dense=ratio, context_length=r["context"],
-                                 config=asdict(r["model"].config)))
+    job = runs["sparse"]
+    print("wrote", write_results(flags.out, started, job["device"], tokens_per_second=median,
+                                 sparse_over_dense=ratio, context_length=job["context"],
+                                 config=asdict(job["model"].config)))
 
 
 def main(flags):

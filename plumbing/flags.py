@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import os
@@ -53,6 +54,7 @@ def parse(flags, argv=None, doc=None):
 
 def run(main, flags, doc=None):
     """main(flags from the command line); what the user can mend ends in one line and exit code 2."""
+    commit()  # of the code as it is now, not when the results are written
     try:
         main(parse(flags, doc=doc))
     except (ValueError, OSError) as error:
@@ -104,20 +106,25 @@ def open_folder(path):
     return path
 
 
-def header(device="cpu"):
-    """What a number needs to be believed: command, commit, versions, device."""
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    git = ["git", "-C", here]
+@functools.cache
+def commit():
+    """The commit of this code, with "+ changes" if files differ from it; None outside of git."""
+    git = ["git", "-C", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
         dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True).stdout
     except OSError:  # no git on this machine
-        commit = dirty = ""
+        return None
+    return (head.strip() + (" + changes" if dirty else "")) or None
+
+
+def header(device="cpu"):
+    """What a number needs to be believed: command, commit, versions, device."""
     names = {"cuda": torch.cuda.get_device_name} if device == "cuda" else {}
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
     return {
         "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-        "commit": (commit.strip() + (" + changes" if dirty else "")) or None,
+        "commit": commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": names[device]() if device in names else cpu if device == "cpu" else device,

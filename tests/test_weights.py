@@ -4,12 +4,14 @@ import json
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from model import Config, Transformer
+from plumbing.tokens import fixed_blocks, open_tokens, tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SIZES = [  # n_layer, n_head, n_embd, vocabulary, context, n_inner
@@ -212,8 +214,6 @@ def test_only_gpt2_has_a_hugging_face_layout(tmp_path):
 @pytest.mark.skipif(not os.environ.get("SPARSE_GPT2"), reason="SPARSE_GPT2: a folder with GPT-2's files")
 def test_real_gpt2_goes_on_as_known():
     """Greedy continuation of "The dog" by the 124M weights."""
-    from plumbing.tokens import tokenizer
-
     model, tok = Transformer.from_pretrained(os.environ["SPARSE_GPT2"]), tokenizer("gpt2")
     idx = torch.tensor([tok.encode("The dog")])
     with torch.no_grad():
@@ -221,3 +221,17 @@ def test_real_gpt2_goes_on_as_known():
             idx = torch.cat([idx, model(idx)[0][:, -1:].argmax(-1)], dim=1)
     want = "The dog was found in a field near the intersection of West and West Streets.\n\nThe"
     assert tok.decode(idx[0].tolist()) == want
+
+
+@pytest.mark.parametrize("variable, known", [("SPARSE_FINEWEB", 3.29), ("SPARSE_OPENWEBTEXT", 3.12)])
+def test_real_gpt2_has_the_known_loss(variable, known):
+    """CE at context 1,024: fineweb_val_000000.bin, or val.bin of OpenWebText as nanoGPT prepares it."""
+    if not os.environ.get("SPARSE_GPT2") or not os.environ.get(variable):
+        pytest.skip(f"SPARSE_GPT2: a folder with GPT-2's files; {variable}: a file of its tokens")
+    data = os.environ[variable]
+    data = np.memmap(data, "<u2", "r") if "OPEN" in variable else open_tokens(data, "gpt2")[0]
+    idx, targets = fixed_blocks(data, 1024, 128)
+    model = Transformer.from_pretrained(os.environ["SPARSE_GPT2"])
+    with torch.no_grad():
+        ce = [model(i, t)[1].item() for i, t in zip(idx.split(4), targets.split(4))]
+    assert abs(sum(ce) / len(ce) - known) < 0.06
