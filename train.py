@@ -35,7 +35,7 @@ from model import Config, Transformer, read_checkpoint
 from plumbing import tokens
 from plumbing.flags import Log, open_folder, run, save_figure, write_results
 from plumbing.hub import read_pickle
-from sparse import fold_in
+from sparse import fold_in, peak_memory
 
 
 @dataclass
@@ -194,6 +194,16 @@ def evaluate(model, blocks, flags, amp, device, sampled=False):
         if edges is not None:
             opened = opened + edges.open.cpu() * len(idx) / count
     return ce, opened if torch.is_tensor(opened) else None
+
+
+def peak_memory_gib(device):
+    """The most memory the run has held so far: of the GPU, or of the whole process on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        return peak_memory() / 1024
+    except OSError:  # only Linux says
+        return None
 
 
 def edges_per_query(share, context):
@@ -442,11 +452,12 @@ def report(job, flags, per_step):
     results = {"flags": asdict(flags), "ce_dense": state["ce_dense"]["test"],
                "context_length": context, "training_seconds": round(state["seconds"], 1),
                "tokens": flags.steps * per_step,
-               "tokens_per_second": round(flags.steps * per_step / state["seconds"])}
+               "tokens_per_second": round(flags.steps * per_step / state["seconds"]),
+               "peak_memory_gib": peak_memory_gib(job["device"])}
     ce, share = measure(job["model"])
     if not flags.sparse:
         print(f"test CE: {results['ce_dense']:.4f} at the start, {ce:.4f} now")
-        return results | {"ce": ce}
+        return results | {"ce": ce, "ce_val": state["trace"][-1]["val_ce"]}
     results |= {"tau": state["tau"], "ce_last": ce, "open_frac_last": share.mean().item()}
     best_step = None
     if state["best"]:
@@ -464,17 +475,17 @@ def report(job, flags, per_step):
     print(f"test CE: dense {results['ce_dense']:.4f}, sparse {ce:.4f}; open edges {opened:.2%}, "
           f"{results['open_edges_per_query']:.2f} a query and head at context {context}")
     if flags.control:
-        results["ce_dense_control"] = read_control(flags)
+        results["ce_dense_control"] = read_control(flags)["ce"]
         print(f"dense control, as much training without gates: {results['ce_dense_control']:.4f}")
     return results
 
 
 def read_control(flags):
-    """The test CE of the --no-sparse run in flags.control; it must be the same training."""
+    """results.json of the --no-sparse run in flags.control; it must be the same training."""
     try:
         with open(os.path.join(flags.control, "results.json")) as f:
             control = json.load(f)
-        theirs, ce = control["flags"], control["ce"]
+        theirs, _ = control["flags"], control["ce_val"]
     except (OSError, ValueError, KeyError):
         raise ValueError(f"--control {flags.control}: no results.json of a finished --no-sparse "
                          "run is in it") from None
@@ -484,7 +495,7 @@ def read_control(flags):
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"--control {flags.control} had {flag} {theirs[name]}, not "
                              f"{getattr(flags, name)}: it is no control of this run")
-    return ce
+    return control
 
 
 # -----------------------------------------------------------------------------
@@ -503,6 +514,8 @@ def draw(job, flags):
     axis.plot(opened, [p["val_ce_sampled"] for p in trace], ".", color="0.6", label="sampled gates")
     axis.axhline(state["ce_dense"]["val"], color="black", linewidth=1, label="dense model")
     axis.axhline(state["tau"], color="black", linestyle="--", linewidth=1, label="$\\tau$")
+    if flags.control:
+        axis.axhline(read_control(flags)["ce_val"], color="black", linestyle=":", label="dense control")
     if state["best"]:
         axis.plot(100 * state["best"]["open"], state["best"]["val_ce"], "*", markersize=14,
                   color="tab:orange", label="best state")
