@@ -37,15 +37,14 @@ class Flags:
     n_head: int = 1  # attention heads a layer
     n_embd: int = 64  # width
     batch_size: int = 128  # problems a step
-    tries: int = 3  # dense models to train and post-train; the sparsest result is kept
+    tries: int = 5  # dense models to train and post-train; the sparsest result is kept
     dense_steps: int = 1500  # steps of dense training
     dense_lr: float = 3e-3  # its highest learning rate
-    waves: int = 2  # sparse post-training comes in waves,
-    wave_steps: int = 1800  # of this many steps
+    steps: int = 1800  # steps of sparse post-training
     lr: float = 1e-3  # its highest learning rate
     gate_bias: float = 2.0  # b: open probability sigmoid(s + b)
     slack: float = 4e-3  # tau = the dense model's CE + slack, nats a digit
-    loose: float = 0.033  # the bound on CE at the start of a wave, nats a digit
+    loose: float = 0.033  # the bound on CE at the start, nats a digit
     nu: float = 0.01  # GECO: step of log lambda
     kp: float = 2.0  # GECO: proportional term
     lam_min: float = 0.1  # GECO: lower bound of exp(h), lambda without the proportional term
@@ -54,7 +53,7 @@ class Flags:
 
     def __post_init__(self):
         for name in ("seeds", "n_layer", "n_head", "n_embd", "batch_size", "dense_steps", "tries",
-                     "waves", "wave_steps", "threads"):
+                     "steps", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
         for name in ("lr", "dense_lr", "slack", "loose"):
@@ -193,50 +192,47 @@ def train_dense(flags, seed, idx, targets, train):
 
 
 def bound(done, loose, tau):
-    """The bound on CE at the share `done` of a wave: loose, tightened geometrically, then tau."""
-    tight = min(1.0, max(0.0, 4 * done - 1))  # from a quarter of the wave to its middle
+    """The bound on CE at the share `done` of the steps: loose, tightened geometrically, then tau."""
+    tight = min(1.0, max(0.0, 4 * done - 1))  # from a quarter of the steps to their middle
     return max(loose, tau) ** (1 - tight) * tau**tight
 
 
 def train_sparse(flags, seed, dense, tau, idx, targets, train, note):
-    """The dense model's weights, trained on in waves for the fewest open edges at CE <= tau.
+    """The dense model's weights, trained on for the fewest open edges at CE <= tau.
 
     A shut edge gets next to no gradient, so a circuit that works but has a spare part stays as it
-    is. A wave therefore loosens the bound first: edges leave, some of them needed. As it tightens,
-    the cheapest way to add is found again. The next wave starts from the best state so far.
-    Every 100 steps all training problems are answered with deterministic gates: a state qualifies
-    with CE <= tau and at least 99.95% of them right, and the sparsest that qualifies is the best.
-    Returns its model and edges (none qualified: the last state, inf); note(...) gets the trace.
+    is. The bound is therefore loose at first: edges leave, some of them needed. As it tightens, the
+    cheapest way to add is found again. Every 100 steps all training problems are answered with
+    deterministic gates: a state qualifies with CE <= tau and at least 99.95% of them right.
+    Returns the sparsest model that qualifies and its edges (none: the last one, and inf);
+    note(...) gets the trace.
     """
     model = Transformer(Config(**asdict(dense.config) | {"sparse": True}))
-    best, best_edges, step = dense.state_dict(), math.inf, 0
-    with tqdm(total=flags.waves * flags.wave_steps, desc="  sparse", mininterval=1) as bar:
-        for _ in range(flags.waves):
-            model.load_state_dict(best)
-            optimizer = make_optimizer(model)
-            geco = GECO(tau, nu=flags.nu, kp=flags.kp, lam_min=flags.lam_min, lam_max=flags.lam_max)
-            for i in range(flags.wave_steps):
-                geco.tau = bound(i / flags.wave_steps, flags.loose, tau)
-                lr = learning_rate(i, flags.wave_steps, flags.lr)
-                b = batch(flags.dense_steps + step, seed, flags.batch_size, train)
-                seeds = fold_in(fold_in(seed, step), torch.arange(flags.batch_size))
-                _, ce, edges = model(idx[b], targets[b], seed=seeds)
-                descend(optimizer, geco.loss(edges.prob.mean(), ce), lr)
-                geco.update(ce.item())
-                step += 1
-                bar.update()
-                if (i + 1) % 100 and i + 1 < flags.wave_steps:
-                    continue
-                now = measure(model, idx[train], targets[train])
-                if now["ce"] <= tau and now["exact"] >= 0.9995 and now["edges"] < best_edges:
-                    best, best_edges = copy.deepcopy(model.state_dict()), now["edges"]
-                kept = best_edges if best_edges < math.inf else None
-                note(step=step, bound=geco.tau, ce_sampled=geco.c, lam=geco.lam, kept=kept, **now)
-                bar.set_postfix_str(f"CE {now['ce']:.4f} exact {now['exact']:.2%} "
-                                    f"edges {now['edges']:.2f}, best {best_edges:.2f}")
-    if best_edges < math.inf:
+    model.load_state_dict(dense.state_dict())
+    optimizer = make_optimizer(model)
+    geco = GECO(tau, nu=flags.nu, kp=flags.kp, lam_min=flags.lam_min, lam_max=flags.lam_max)
+    best, fewest = None, math.inf
+    with tqdm(range(flags.steps), desc="  sparse", mininterval=1) as steps:
+        for step in steps:
+            geco.tau = bound(step / flags.steps, flags.loose, tau)
+            b = batch(flags.dense_steps + step, seed, flags.batch_size, train)
+            seeds = fold_in(fold_in(seed, step), torch.arange(flags.batch_size))
+            _, ce, edges = model(idx[b], targets[b], seed=seeds)
+            lr = learning_rate(step, flags.steps, flags.lr)
+            descend(optimizer, geco.loss(edges.prob.mean(), ce), lr)
+            geco.update(ce.item())
+            if (step + 1) % 100 and step + 1 < flags.steps:
+                continue
+            now = measure(model, idx[train], targets[train])
+            if now["ce"] <= tau and now["exact"] >= 0.9995 and now["edges"] < fewest:
+                best, fewest = copy.deepcopy(model.state_dict()), now["edges"]
+            note(step=step + 1, bound=geco.tau, ce_sampled=geco.c, lam=geco.lam,
+                 kept=fewest if best else None, **now)
+            steps.set_postfix_str(f"CE {now['ce']:.4f} exact {now['exact']:.2%} "
+                                  f"edges {now['edges']:.2f}, best {fewest:.2f}")
+    if best:
         model.load_state_dict(best)
-    return model, best_edges
+    return model, fewest
 
 
 # -----------------------------------------------------------------------------
@@ -372,7 +368,7 @@ def draw_training(path, traces, per_seed):
         ce.plot(step, column["ce_sampled"], color=color, linewidth=1,
                 label=f"seed {results['seed']}")
         ce.plot(step, column["bound"], color=color, linestyle="--", linewidth=1,
-                label=only("the bound of each wave"))
+                label=only("the bound"))
         exact.plot(step, [100 * e for e in column["exact"]], color=color, linewidth=1)
         edges.plot(step, column["edges"], color=color, linewidth=1, alpha=0.4)
         edges.plot(step, column["kept"], color=color, linewidth=2.5,
@@ -441,7 +437,7 @@ def main(flags):
     idx, targets = problems()
     data = idx, targets, (~held_out()).nonzero().flatten()
     print(f"two-digit addition: {flags.tries} tries of {flags.dense_steps} dense and "
-          f"{flags.waves} x {flags.wave_steps} sparse steps a seed,\nabout 4 minutes on 2 cores; expect "
+          f"{flags.steps} sparse steps a seed,\nabout 4 minutes on 2 cores; expect "
           "100% exact dense, 99.9% or more and about 6 open edges sparse")
     log, per_seed, traces = Log(flags.out, asdict(flags)), [], []
     figures = [os.path.join(flags.out, name) for name in ("circuits.png", "training.png")]

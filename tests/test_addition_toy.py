@@ -113,7 +113,7 @@ def test_words_and_table_of_a_circuit_made_by_hand():
 
 def test_a_short_run_learns_and_writes_everything(tmp_path):
     """Half a minute: dense training learns to add, post-training shuts most edges."""
-    command = f"addition_toy.py --dense-steps 900 --tries 1 --waves 1 --wave-steps 600 --loose 0.3 --threads 1 --out {tmp_path}"
+    command = f"addition_toy.py --dense-steps 900 --tries 1 --steps 600 --loose 0.3 --threads 1 --out {tmp_path}"
     subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True, capture_output=True)
     results = json.load(open(tmp_path / "results.json"))
     assert results["dense_exact"] > 0.9
