@@ -58,7 +58,7 @@ def test_bad_flags_are_value_errors(argv, message):
 @pytest.mark.parametrize(
     "command, message",
     [("geco.py --tau 0", "--tau"), ("geco.py --steps 0", "--steps"), ("sparse.py --rounds 0", "--rounds"),
-     ("addition_toy.py --waves 0", "--waves"), ("addition_toy.py --wavez 5", "did you mean --waves"),
+     ("addition_toy.py --tries 0", "--tries"), ("addition_toy.py --triez 5", "did you mean --tries"),
      ("addition_toy.py --slack 0", "--slack"), ("addition_toy.py --n-head 3", "n_head 3"),
      ("addition_toy.py --out /proc/nowhere", "output folder"),
      ("geco.py --out /proc/nowhere", "output folder")]
