@@ -527,6 +527,7 @@ def draw(job, flags):
                   color="tab:orange", label="best state")
     axis.set(xscale="log", xlabel=f"open attention edges (%), context {job['context']}",
              ylabel="held-out CE (nats a token)")
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.invert_xaxis()
     axis.legend(fontsize=9)
     save_figure(figure, os.path.join(flags.out, FIGURES[0]))
@@ -550,6 +551,7 @@ def draw(job, flags):
     axes[0].set(xlabel="step", ylabel="held-out CE (nats a token)")
     axes[1].plot(steps, opened)
     axes[1].set(xlabel="step", ylabel="open attention edges (%)", yscale="log")
+    axes[1].yaxis.set_major_formatter("{x:g}")
     axes[2].plot(steps, [p["lambda"] for p in trace])
     axes[2].set(xlabel="step", ylabel="multiplier $\\lambda$", yscale="log")
     save_figure(figure, os.path.join(flags.out, FIGURES[2]))
@@ -592,7 +594,8 @@ def main(flags):
     if flags.control and flags.sparse and not flags.resume:
         read_control(flags)  # it must be there and fit before the long run, not after
     if flags.init == "scratch" and flags.sparse and not flags.resume:
-        print("from scratch: first a dense base, then its sparse post-training")
+        print("from scratch: first a dense base, then its sparse post-training; "
+              "as it comes, about 5 minutes on 2 cores")
         base = os.path.join(flags.out, "dense")
         begun = base if os.path.exists(os.path.join(base, "last.pt")) else None
         train(changed(flags, sparse=False, steps=flags.dense_steps, lr=flags.dense_lr, out=base,
