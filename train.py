@@ -321,12 +321,12 @@ def checkpoint(job, flags, log):
                          f"is in {flags.out}: try a lower --lr or --clip")
     point = {"step": state["step"], "val_ce": ce}
     if flags.sparse:
-        point |= {"lambda": job["geco"].lam, "gap": state["gap"]}
         sampled, _ = evaluate(model, job["fixed"]["val"], flags, job["amp"], job["device"], sampled=True)
-        point |= {"val_ce_sampled": sampled, "open": share.mean().item(), "heads": share.tolist()}
         if job["geco"].c is not None:  # half of the news, for both are noisy
             state["gap"] += (ce - job["geco"].c - state["gap"]) / 2
             job["geco"].tau = state["tau"] - state["gap"]
+        point |= {"val_ce_sampled": sampled, "open": share.mean().item(), "heads": share.tolist(),
+                  "lambda": job["geco"].lam, "gap": state["gap"]}
         if ce <= state["tau"] and (not state["best"] or point["open"] < state["best"]["open"]):
             state["best"] = point
             model.save_checkpoint(os.path.join(flags.out, "best.pt"), step=state["step"])

@@ -81,6 +81,20 @@ def test_best_is_the_sparsest_state_within_the_bound(base, tmp_path):
     assert saved["step"] == want["step"]
 
 
+def test_the_bound_is_on_the_held_out_loss(base, tmp_path):
+    """After an evaluation a batch's CE is held to tau less half of (held-out CE - average CE)."""
+    command(*SMALL, "--init", base, "--steps", 20, "--out", tmp_path)
+    tau = json.load(open(tmp_path / "results.json"))["tau"]
+    log = log_of(tmp_path)
+    steps = {r["step"]: r for r in log if "lr" in r}
+    looks = {r["step"]: r for r in log if "val_ce" in r}
+    assert looks[0]["gap"] == 0 and {steps[n]["bound"] for n in range(1, 11)} == {tau}
+    gap = (looks[10]["val_ce"] - steps[10]["ce_ema"]) / 2
+    assert gap != 0 and looks[10]["gap"] == gap
+    assert {steps[n]["bound"] for n in range(11, 21)} == {tau - gap}
+    assert looks[20]["gap"] == gap + (looks[20]["val_ce"] - steps[20]["ce_ema"] - gap) / 2
+
+
 def test_twenty_steps_are_ten_and_ten(base, tmp_path):
     """Weights, optimiser, lambda and log, bit for bit."""
     how = [*SMALL, "--init", base, "--steps", 20, "--slack", 0.3]
