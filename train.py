@@ -23,6 +23,7 @@ import signal
 import statistics
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass, replace as changed
 
 import numpy as np
@@ -237,16 +238,16 @@ def start(flags, saved=None):
     dense = load_model(flags, sparse=False).to(device) if flags.distill or not saved else None
     config = Config(**saved["config"] if saved else gated_config(flags, dense.config))
     context, blocks, fixed = load_data(flags, config)
-    sizes = {"blocks": blocks.n_blocks} | {split: len(fixed[split][0]) for split in fixed}
+    marks = {"blocks": blocks.n_blocks} | {s: zlib.crc32(fixed[s][0].numpy()) for s in fixed}
     if saved:
         state = saved["state"]
-        if state["data"] != sizes:
-            raise ValueError(f"--resume {flags.out}: the data has changed since, from "
-                             f"{state['data']} to {sizes}")
+        if state["data"] != marks:
+            raise ValueError(f"--resume {flags.out}: the data has changed since, its number of blocks "
+                             f"or the held-out ones: {state['data']} then, {marks} now")
     else:
         ce = {split: evaluate(dense, fixed[split], flags, amp, device)[0] for split in fixed}
         tau = ce["val"] + flags.slack if flags.tau is None else flags.tau
-        state = {"step": 0, "seconds": 0.0, "data": sizes, "ce_dense": ce, "tau": tau,
+        state = {"step": 0, "seconds": 0.0, "data": marks, "ce_dense": ce, "tau": tau,
                  "gap": 0.0, "best": None, "trace": []}
     model = Transformer(config).to(device)
     model.load_state_dict(saved["model"] if saved else dense.state_dict())

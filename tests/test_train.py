@@ -278,6 +278,20 @@ def test_resume_with_another_configuration_is_refused(base, tmp_path):
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
+def test_resume_on_changed_text_is_refused(base, tmp_path):
+    """The same number of blocks, but other held-out ones."""
+    text, folder = tmp_path / "a.txt", str(tmp_path / "data")
+    for letter in "ab":
+        text.write_text("\n<|endoftext|>\n".join(f"{letter * 300} {i:03}" for i in range(100)))
+        tokens.prepare([str(text)], folder, "bytes")
+        if letter == "a":
+            with pytest.raises(SystemExit):
+                command(*SMALL[:-4], "--init", base, "--data", folder, "--steps", 6, "--sitting", 3,
+                        "--out", tmp_path / "o")
+    with pytest.raises(ValueError, match="the data has changed since"):
+        command("--resume", tmp_path / "o")
+
+
 def test_a_damaged_checkpoint_is_one_clear_line(tmp_path):
     (tmp_path / "last.pt").write_bytes(b"PK\3\4 this is no checkpoint")
     with pytest.raises(ValueError, match="can not be read"):
