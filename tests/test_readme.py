@@ -59,3 +59,20 @@ def test_the_cost_table_is_the_result_file():
                             for impl in ("sdpa", "naive", "chunked"))
         line = f"| {row['B']}, {row['T']} | {naive} | {row['ratio_chunked']:.2f} | {memory} |"
         assert line in README, line
+
+
+def test_the_language_model_table_is_the_result_files():
+    sparse, control = results("english/sparse"), results("english/control")
+    half = (sparse["context_length"] + 1) / 2
+    assert sparse["ce_dense"] == control["ce_dense"] and sparse["ce_dense_control"] == control["ce"]
+    for name, ce, share in (("dense base", sparse["ce_dense"], 1.0),
+                            ("dense control: as many steps more", control["ce"], 1.0),
+                            ("sparse, best state", sparse["ce_sparse"], sparse["open_frac"]),
+                            ("sparse, last state", sparse["ce_last"], sparse["open_frac_last"])):
+        row = f"| {name} | {ce:.4f} | {share:.2%} | {share * half:.2f} |"
+        assert row in README, row
+    assert sparse["ce_sparse"] <= sparse["ce_dense"] and sparse["open_frac"] <= 0.03
+    assert sparse["ce_sparse"] <= control["ce"] + 0.05
+    demo = results("demo")
+    for number in (f"{demo['ce_dense']:.3f}", f"{demo['ce_sparse']:.3f}", f"{demo['open_frac']:.2%}"):
+        assert number in README, number
