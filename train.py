@@ -555,6 +555,7 @@ def draw(job, flags):
     axes[1].yaxis.set_major_formatter("{x:g}")
     axes[2].plot(steps, [p["lambda"] for p in trace])
     axes[2].set(xlabel="step", ylabel="multiplier $\\lambda$", yscale="log")
+    axes[2].yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
     save_figure(figure, os.path.join(flags.out, FIGURES[2]))
 
 
