@@ -76,3 +76,25 @@ def test_the_language_model_table_is_the_result_files():
     demo = results("demo")
     for number in (f"{demo['ce_dense']:.3f}", f"{demo['ce_sparse']:.3f}", f"{demo['open_frac']:.2%}"):
         assert number in README, number
+
+
+def test_the_memory_table_follows_from_the_measurement():
+    """Doubles the batch while 90% of the GPU hold it; memory is linear in the batch."""
+    one, two = (results(f"memory/batch{n}") for n in (1, 2))
+    assert (one["flags"]["batch_size"], two["flags"]["batch_size"]) == (1, 2)
+    each = two["peak_memory_gib"] - one["peak_memory_gib"]
+    fixed = one["peak_memory_gib"] - each
+    assert f"{fixed:.1f} GiB and {each:.1f} GiB a sequence" in README
+    rows = re.findall(r"\| (\d+) GB \| `--batch-size (\d+) --accumulate (\d+)` \|", README)
+    assert len(rows) == 6
+    for memory, batch, accumulate in (map(int, row) for row in rows):
+        assert batch * accumulate == 64
+        assert fixed + batch * each <= 0.9 * memory < fixed + 2 * batch * each
+
+
+def test_the_step_cost_is_the_result_file():
+    cost = results("step_cost")
+    rates = cost["tokens_per_second"]
+    assert (f"{rates['dense']:,.0f} tokens/s dense, {rates['sparse']:,.0f} sparse, "
+            f"ratio {cost['sparse_over_dense']:.2f}") in README
+    assert cost["sparse_over_dense"] >= 0.7
