@@ -64,7 +64,7 @@ class Flags:
     ema: float = 0.95  # GECO: averaging of the noisy CE
     width: float = 0.02  # GECO: log(CE / tau) that counts as a full violation
     lam_min: float = 1e-3  # GECO: lower bound of exp(h), lambda without the proportional term
-    lam_max: float = 10.0  # GECO: upper bound of exp(h)
+    lam_max: float = 20.0  # GECO: upper bound of exp(h)
     distill: float = 0.0  # weight of KL(dense model, sparse model), which is added to CE
     control: str | None = None  # --out folder of the dense control, to report beside
     # the steps
