@@ -1,0 +1,181 @@
+"""
+A Hugging Face tokenizer.json (byte-level BPE: GPT-2, SmolLM2, LLaMA-3) by tiktoken, with equal ids.
+
+Both cut a text into pieces by a regex, then merge the bytes of each piece: `tokenizers` the pairs of
+a list, in its order, tiktoken any two neighbours that make a token, lowest id first. A file where
+that differs is refused. Two differences remain: digits newer than Unicode 16, and a million spaces
+in a row, which are too many for tiktoken's regex.
+"""
+
+import hashlib
+import json
+import os
+
+import regex  # comes with tiktoken
+import tiktoken
+
+EOT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # the usual names; the first that there is
+
+
+class Unsupported(ValueError):
+    """What a file has, and tiktoken no exact counterpart for."""
+
+
+# -----------------------------------------------------------------------------
+# pieces: the pre_tokenizer as one regex
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Digits cuts every digit out before the regex of GPT-2 sees what lies between them: no space goes
+# with a digit, and the spaces in front of one are the end of a text, so they stay together.
+DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def piece_pattern(pre_tokenizer):
+    """The regex that finds the pieces."""
+    step = pre_tokenizer or {}
+    match step.get("pretokenizers", [step]):
+        case [{"type": "ByteLevel", "add_prefix_space": False}] if step.get("use_regex", True):
+            return GPT2  # older files do not say use_regex
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return DIGITS
+        case [{"type": "Split", "pattern": {"Regex": r}, "behavior": "Isolated", "invert": False},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}] if r == LLAMA3:
+            return LLAMA3
+    raise Unsupported(f"the pre_tokenizer {json.dumps(pre_tokenizer)[:300]}")
+
+
+# -----------------------------------------------------------------------------
+# merges
+
+# A tokenizer.json writes a byte as the character of that number or, if that is not visible, as the
+# next one from U+0100 on.
+VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+HIDDEN = [b for b in range(256) if b not in VISIBLE]
+BYTE = {chr(b): b for b in VISIBLE} | {chr(0x100 + i): b for i, b in enumerate(HIDDEN)}
+
+
+def to_bytes(token):
+    return bytes(BYTE[c] for c in token)
+
+
+def last_parts(token, ranks):
+    """What tiktoken makes of a token's bytes before it makes the token: merges of lower ranks."""
+    parts, own = [token[i : i + 1] for i in range(len(token))], ranks[token]
+    while len(parts) > 2:
+        pairs = enumerate(zip(parts, parts[1:]))
+        rank, i = min((ranks.get(a + b, own), i) for i, (a, b) in pairs)
+        if rank >= own:
+            break
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return tuple(parts)
+
+
+def check_merges(ranks, merges, ignore_merges):
+    """Raises Unsupported unless merging by rank does the same as merging by the list.
+
+    When tiktoken merges two parts to a token, nothing before was merged across the token's ends, so
+    what lies between them was merged as if it were alone: the two are its last_parts. It is enough
+    that this pair is in the list, and that the list goes by the ids of what it makes.
+    """
+    made = [ranks.get(a + b) if a in ranks and b in ranks else None for a, b in merges]
+    if None in made:
+        raise Unsupported(f"the merge {merges[made.index(None)]}, not of two tokens to one")
+    if made != sorted(made):
+        raise Unsupported("merges in another order than the ids of what they make")
+    listed = set(merges)
+    for token in ranks:
+        parts = last_parts(token, ranks)
+        # tiktoken takes a piece that is a token as a whole; with ignore_merges, tokenizers does too
+        if len(parts) == 2 and parts not in listed or len(parts) > 2 and not ignore_merges:
+            raise Unsupported(f"the token {token}, which no merge makes of {parts}")
+
+
+# -----------------------------------------------------------------------------
+# tokenizer
+
+
+class BPE:
+    """The tokenizer of a tokenizer.json, or of a folder that holds one.
+
+    special: {name: id}. bos: the id in front of every text, or None; encode leaves it out. Special
+    tokens in a text are text, and the file's truncation and padding are not applied.
+    """
+
+    def __init__(self, path):
+        path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
+        with open(path, "rb") as f:
+            content = f.read()
+        self.name = "bpe-" + hashlib.sha256(content).hexdigest()[:12]
+        try:
+            self.read(json.loads(content))
+        except Unsupported as what:
+            raise ValueError(f"{path} has {what}: only byte-level BPE with an end-of-text token, as of "
+                             "GPT-2, SmolLM2 and LLaMA-3, can be read") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path} is no tokenizer.json or damaged: download it again") from None
+
+    def read(self, file):
+        model, added = file["model"], file["added_tokens"]
+        if model.get("type", "BPE") != "BPE":
+            raise Unsupported(f"a model of type {model['type']}")
+        for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
+                    "byte_fallback"):
+            if model.get(key):
+                raise Unsupported(f"a model with {key} {model[key]!r}")
+        if file["normalizer"]:
+            raise Unsupported(f"the normalizer {json.dumps(file['normalizer'])[:300]}")
+        if plain := [token["content"] for token in added if not token["special"]]:
+            raise Unsupported(f"the added token {plain[0]!r}, which is not special")
+        pattern = piece_pattern(file["pre_tokenizer"])
+
+        self.special = {token["content"]: token["id"] for token in added}
+        self.bos = self.first_token(file["post_processor"])
+        self.eot = next((self.special[name] for name in EOT if name in self.special), None)
+        if self.eot is None:
+            raise Unsupported(f"no special token {' or '.join(EOT)}")
+        self.vocab_size = max([*model["vocab"].values(), *self.special.values()]) + 1
+
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        ignore_merges, made = model.get("ignore_merges", False), {a + b for a, b in merges}
+        # special tokens may stand in the vocabulary, where no merge leads to them
+        ranks = {to_bytes(token): i for token, i in model["vocab"].items()
+                 if token not in self.special or token in made or token in BYTE or ignore_merges}
+        check_merges(ranks, [(to_bytes(a), to_bytes(b)) for a, b in merges], ignore_merges)
+
+        # tokenizers drops bytes that the vocabulary lacks; tiktoken needs an id to drop them by
+        self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)
+        if self.missing and ignore_merges:
+            raise Unsupported("ignore_merges and a vocabulary without some of the 256 bytes")
+        ranks |= {bytes([b]): self.vocab_size + i for i, b in enumerate(self.missing)}
+        if len(set(ranks.values())) < len(ranks):
+            raise Unsupported("two tokens of the same id")
+        self.bpe = tiktoken.Encoding(self.name, pat_str=pattern, mergeable_ranks=ranks,
+                                     special_tokens=self.special)
+
+    def first_token(self, post_processor):
+        """The id that the post_processor puts in front of every text."""
+        step = post_processor or {"type": "ByteLevel"}
+        steps = [s for s in step.get("processors", [step]) if s["type"] != "ByteLevel"]
+        match [s.get("single") for s in steps]:
+            case [] | [[{"Sequence": _}]]:
+                return None
+            case [[{"SpecialToken": {"id": name}}, {"Sequence": _}]]:
+                return self.special[name]
+        raise Unsupported(f"the post_processor {json.dumps(post_processor)[:300]}")
+
+    def encode(self, text):
+        ids = self.bpe.encode_ordinary(text)
+        if max(ids, default=0) < self.vocab_size:
+            return ids
+        # what stood beside a dropped byte, in the same piece, is now side by side and may merge
+        ids = []
+        for piece in regex.findall(self.bpe._pat_str, text):
+            if kept := piece.encode("utf-8", "replace").translate(None, self.missing):
+                ids += self.bpe._encode_single_piece(kept)
+        return ids
+
+    def decode(self, ids):
+        return self.bpe.decode([int(i) for i in ids])
