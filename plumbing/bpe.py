@@ -3,15 +3,15 @@ A Hugging Face tokenizer.json (byte-level BPE: GPT-2, SmolLM2, LLaMA-3) by tikto
 
 Both cut a text into pieces by a regex, then merge the bytes of each piece: `tokenizers` the pairs of
 a list, in its order, tiktoken any two neighbours that make a token, lowest id first. A file where
-that differs is refused. Two differences remain: digits newer than Unicode 16, and a million spaces
-in a row, which are too many for tiktoken's regex.
+that differs is refused. What remains: letters and digits newer than Unicode 16 may be cut in another
+way, and a million spaces in a row are too many for tiktoken's regex.
 """
 
 import hashlib
 import json
 import os
 
-import regex  # comes with tiktoken
+import regex  # a dependency of tiktoken
 import tiktoken
 
 EOT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # the usual names; the first that there is
@@ -65,10 +65,10 @@ def last_parts(token, ranks):
     """What tiktoken makes of a token's bytes before it makes the token: merges of lower ranks."""
     parts, own = [token[i : i + 1] for i in range(len(token))], ranks[token]
     while len(parts) > 2:
-        pairs = enumerate(zip(parts, parts[1:]))
-        rank, i = min((ranks.get(a + b, own), i) for i, (a, b) in pairs)
-        if rank >= own:
+        made = [ranks.get(a + b, own) for a, b in zip(parts, parts[1:])]
+        if min(made) >= own:
             break
+        i = made.index(min(made))  # the leftmost
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return tuple(parts)
 
@@ -129,8 +129,7 @@ class BPE:
             raise Unsupported(f"the normalizer {json.dumps(file['normalizer'])[:300]}")
         if plain := [token["content"] for token in added if not token["special"]]:
             raise Unsupported(f"the added token {plain[0]!r}, which is not special")
-        pattern = piece_pattern(file["pre_tokenizer"])
-
+        self.pattern = piece_pattern(file["pre_tokenizer"])
         self.special = {token["content"]: token["id"] for token in added}
         self.bos = self.first_token(file["post_processor"])
         self.eot = next((self.special[name] for name in EOT if name in self.special), None)
@@ -145,14 +144,14 @@ class BPE:
                  if token not in self.special or token in made or token in BYTE or ignore_merges}
         check_merges(ranks, [(to_bytes(a), to_bytes(b)) for a, b in merges], ignore_merges)
 
-        # tokenizers drops bytes that the vocabulary lacks; tiktoken needs an id to drop them by
+        # tokenizers drops bytes that the vocabulary lacks; here they get ids behind all others
         self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)
         if self.missing and ignore_merges:
             raise Unsupported("ignore_merges and a vocabulary without some of the 256 bytes")
         ranks |= {bytes([b]): self.vocab_size + i for i, b in enumerate(self.missing)}
         if len(set(ranks.values())) < len(ranks):
             raise Unsupported("two tokens of the same id")
-        self.bpe = tiktoken.Encoding(self.name, pat_str=pattern, mergeable_ranks=ranks,
+        self.bpe = tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=ranks,
                                      special_tokens=self.special)
 
     def first_token(self, post_processor):
@@ -170,9 +169,9 @@ class BPE:
         ids = self.bpe.encode_ordinary(text)
         if max(ids, default=0) < self.vocab_size:
             return ids
-        # what stood beside a dropped byte, in the same piece, is now side by side and may merge
+        # within a piece, what stands on both sides of a dropped byte may merge
         ids = []
-        for piece in regex.findall(self.bpe._pat_str, text):
+        for piece in regex.findall(self.pattern, text):
             if kept := piece.encode("utf-8", "replace").translate(None, self.missing):
                 ids += self.bpe._encode_single_piece(kept)
         return ids
