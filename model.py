@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from plumbing import hub
-from plumbing.flags import open_folder, replace, replace_text
+from plumbing import hub, lora
+from plumbing.flags import open_folder, replace_text
 from sparse import fold_in, gated_attention, sequence_seeds
 
 # -----------------------------------------------------------------------------
@@ -69,6 +70,8 @@ class Config:
                              f"and n_head of n_kv_head {self.n_kv_head}")
         if self.position == "rope" and self.head_size % 2:
             raise ValueError(f"rope turns pairs: the head size {self.head_size} must be even")
+        if self.position == "rope":
+            rope_frequencies(self)  # ValueError here rather than at the first forward pass
 
     @property
     def head_size(self):
@@ -90,17 +93,20 @@ def rope_frequencies(config):
     fast ones and blends between, by how often each turns in the original context.
     """
     D, scaling = config.head_size, config.rope_scaling or {"rope_type": "default"}
-    frequency = config.rope_theta ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)
+    frequency = config.rope_theta ** -(torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
     kind = scaling.get("rope_type", scaling.get("type"))
-    if kind == "default":
-        return frequency
-    if kind == "linear":
-        return frequency / scaling["factor"]
-    if kind == "llama3":
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return keep * frequency + (1 - keep) * frequency / scaling["factor"]
+    try:
+        if kind == "default":
+            return frequency
+        if kind == "linear":
+            return frequency / scaling["factor"]
+        if kind == "llama3":
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
+            return keep * frequency + (1 - keep) * frequency / scaling["factor"]
+    except KeyError as error:
+        raise ValueError(f"rope_scaling of type {kind!r} lacks {error.args[0]!r}") from None
     raise ValueError(f"rope_scaling of type {kind!r} is not known, only default, linear and llama3")
 
 
@@ -130,7 +136,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(C, C, bias=config.attention_bias)
 
     def forward(self, x, angle, seed, tap):
-        """x (B, T, C) normed -> (B, T, C), and (open_prob, open_frac) (B, n_head) or None."""
+        """x (B, T, C) normed -> (B, T, C), and [open_prob, open_frac], each (n_head,), or None."""
         config, D = self.config, self.config.head_size
         q, k, v = (z.unflatten(-1, (-1, D)) for z in self.c_attn(x).split(self.sizes, dim=-1))
         q, k, v = tap("q", q), tap("k", k), tap("v", v)  # (B, T, n_head or n_kv_head, D)
@@ -139,6 +145,7 @@ class Attention(nn.Module):
             q, k = rotate(q, angle), rotate(k, angle)
         if config.sparse:
             z, *edges = gated_attention(q, k, v, config.gate_bias, seed, config.causal)
+            edges = [share.mean(0) for share in edges]
         else:
             group = config.n_head // config.n_kv_head
             k, v = (y.repeat_interleave(group, dim=1) for y in (k, v)) if group > 1 else (k, v)
@@ -182,6 +189,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.recompute = False  # keep no activations inside a block, run it again in the backward pass
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -225,8 +233,12 @@ class Transformer(nn.Module):
         x = tap("embed", x)
         edges = []
         for l, block in enumerate(self.h):
-            seed_l = None if seed is None else fold_in(seeds, l)
-            x, edges_l = block(x, angle, seed_l, lambda name, t, l=l: tap(f"h{l}.{name}", t))
+            seed_l = None if seed is None else fold_in(seeds, l)  # the same gates in both runs
+            inputs = x, angle, seed_l, lambda name, t, l=l: tap(f"h{l}.{name}", t)
+            if self.recompute and torch.is_grad_enabled():
+                x, edges_l = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, edges_l = block(*inputs)
             edges.append(edges_l)
         logits = self.lm_head(self.ln_f(tap("final", x)))
         loss = None
@@ -235,32 +247,32 @@ class Transformer(nn.Module):
             loss = F.cross_entropy(wide, targets.flatten(), ignore_index=-1)
         if not config.sparse:
             return logits, loss, None
-        prob, open_ = (torch.stack([e.mean(0) for e in share]) for share in zip(*edges))
-        return logits, loss, Edges(prob, open_)
+        return logits, loss, Edges(*(torch.stack(share) for share in zip(*edges)))
 
     # -------------------------------------------------------------------------
     # weights in and out; the tables of names are below
 
     @classmethod
-    def from_pretrained(cls, name_or_path, **overrides):
+    def from_pretrained(cls, name_or_path, adapter=None, **overrides):
         """A model with the weights of `name_or_path`, float32; overrides replace Config fields.
 
-        A hub name ("gpt2", "owner/name"); a local Hugging Face folder; the paper authors'
-        final.pth; a checkpoint of train.py or addition_toy.py. Every tensor is accounted for, by
-        name and shape: ValueError says what is missing, left over or of another shape.
+        A hub name ("gpt2", "owner/name") or a local Hugging Face folder of a GPT-2 or a LLaMA; the
+        paper authors' final.pth; a checkpoint of train.py or addition_toy.py. adapter: a file of
+        train.py --lora, which is added to them. Every tensor is accounted for, by name and shape:
+        ValueError says what is missing, left over or of another shape.
         """
-        settings, weights = read_checkpoint(name_or_path)
-        config = Config(**settings | overrides)
+        config, weights = read_model(name_or_path, adapter, **overrides)
         with torch.device("meta"):  # shapes without memory: the weights are held once
             model = cls(config)
-        if config.tied_head:
-            weights.setdefault("lm_head.weight", weights.get("wte.weight"))
-        check_names(name_or_path, weights, model.state_dict())
-        weights = {name: t.to(torch.float32) for name, t in weights.items()}
-        model.load_state_dict(weights, assign=True)
-        if config.tied_head:
-            model.lm_head.weight = model.wte.weight
-        return model
+        return model.take(weights)
+
+    def take(self, weights):
+        """Have the weights {name: tensor}, in the default dtype, in place of one's own; on meta too."""
+        weights = {name: t.to(torch.get_default_dtype()) for name, t in weights.items()}
+        self.load_state_dict(weights, assign=True)
+        if self.config.tied_head:
+            self.lm_head.weight = self.wte.weight
+        return self
 
     def save_pretrained(self, folder):
         """A Hugging Face folder, config.json and model.safetensors, that transformers opens.
@@ -268,7 +280,10 @@ class Transformer(nn.Module):
         transformers knows no gates: it runs a sparse model as the dense one of the same weights.
         The README has the lines that give it the gate.
         """
-        settings, weights = to_gpt2(self.config, self.state_dict())
+        to_theirs = to_llama if self.config.norm == "rmsnorm" else to_gpt2
+        settings, weights = to_theirs(self.config, self.state_dict())
+        if self.config.sparse:
+            settings["sparse_attention"] = {"gate_bias": self.config.gate_bias}
         open_folder(folder)
         hub.write_safetensors(os.path.join(folder, "model.safetensors"), weights)
         text = json.dumps(settings, indent=2) + "\n"
@@ -278,16 +293,28 @@ class Transformer(nn.Module):
 
     def save_checkpoint(self, path, **more):
         """Config, weights and plain data in one file that from_pretrained opens."""
-        content = {"config": asdict(self.config), "model": self.state_dict()} | more
-        try:
-            replace(path, lambda temporary: torch.save(content, temporary))
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(f"can not write {path}, is the disk full? what was there before is as it "
-                          f"was ({str(error).splitlines()[0]})") from None
+        hub.write_pickle(path, {"config": asdict(self.config), "model": self.state_dict()} | more)
 
 
 # -----------------------------------------------------------------------------
 # which tensor of which checkpoint goes where
+
+
+def read_model(name_or_path, adapter=None, **overrides):
+    """(Config, {our name: tensor}) of anything that from_pretrained opens, names and shapes checked.
+
+    The tensors have the dtype of the file; most of them are mapped and not read from it yet.
+    """
+    settings, weights = read_checkpoint(name_or_path)
+    if settings.get("tied_head", True) and "wte.weight" in weights:
+        weights["lm_head.weight"] = weights["wte.weight"]
+    if adapter:
+        gates, weights = lora.merged(adapter, weights)
+        settings = settings | gates
+    config = Config(**settings | overrides)
+    with torch.device("meta"):
+        check_names(name_or_path, weights, Transformer(config).state_dict())
+    return config, weights
 
 
 def read_checkpoint(name_or_path):
@@ -297,6 +324,9 @@ def read_checkpoint(name_or_path):
         content = hub.read_pickle(path)
         settings = content.get("config") if isinstance(content, dict) else None
         if isinstance(settings, dict) and settings.keys() <= Config.__dataclass_fields__.keys():
+            if content.get("flags", {}).get("lora"):
+                raise ValueError(f"{path} holds adapters without their base: give the base, and "
+                                 "--adapter with the adapter.safetensors beside it")
             return settings, content["model"]
         return from_nanogpt(path, content)
     try:
@@ -307,10 +337,21 @@ def read_checkpoint(name_or_path):
                          "model.safetensors), a checkpoint file or a hub name") from None
     except ValueError:
         raise ValueError(f"{path}/config.json is not valid JSON: get it again") from None
-    if not isinstance(settings, dict) or settings.get("model_type") != "gpt2":
-        settings = settings if isinstance(settings, dict) else {}
-        raise ValueError(f"{path} is a {settings.get('model_type')!r} model, known is: gpt2")
-    return from_gpt2(path, settings, hub.read_weights(path))
+    return from_hugging_face(path, settings, hub.read_weights(path))
+
+
+def from_hugging_face(source, settings, weights):
+    """(Config fields, {our name: tensor}) of a config.json, as a dict, and its tensors."""
+    family = settings.get("model_type") if isinstance(settings, dict) else None
+    if family not in ("gpt2", "llama"):
+        raise ValueError(f"{source} is a {family!r} model, known are gpt2 and llama")
+    read = from_gpt2 if family == "gpt2" else from_llama
+    fields, weights = read(source, settings, weights)
+    if "sparse_attention" in settings:
+        fields |= {"sparse": True, "gate_bias": settings["sparse_attention"].get("gate_bias", 0.0)}
+    if fields["tied_head"] and "wte.weight" in weights and not same_head(weights):
+        raise ValueError(f"{source} has an lm_head.weight of its own, but its config.json ties it")
+    return fields, weights
 
 
 def check_names(source, weights, wanted):
@@ -327,32 +368,36 @@ def check_names(source, weights, wanted):
                              f"{tuple(wanted[name].shape)}")
 
 
+def read_fields(source, settings, names, built):
+    """Config fields under the names of another config.json; ValueError unless settings are `built`.
+
+    built: {their key: the values that are built here, the first of them is what absence means}.
+    """
+    for key, values in built.items():
+        if settings.get(key, values[0]) not in values:
+            raise ValueError(f"{source} has {key} = {settings[key]!r}, which is not built here")
+    return {ours: settings[theirs] for ours, theirs in names.items() if theirs in settings}
+
+
 # Config's fields by their names in a GPT-2 config.json
 GPT2_FIELDS = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer",
                "n_head": "n_head", "n_embd": "n_embd", "n_inner": "n_inner",
                "norm_eps": "layer_norm_epsilon"}
+GPT2_BUILT = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
+              "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Conv1D stores (in, out)
 
 
 def from_gpt2(source, settings, weights):
     """A Hugging Face GPT-2: config.json and tensors, names with or without "transformer."."""
-    defaults = {"activation_function": "gelu_new", "scale_attn_weights": True,
-                "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-    for key, value in defaults.items():
-        if settings.get(key, value) not in (value, "gelu_pytorch_tanh"):
-            raise ValueError(f"{source} has {key} = {settings[key]!r}, which is not built here")
-    fields = {ours: settings[theirs] for ours, theirs in GPT2_FIELDS.items() if theirs in settings}
+    fields = read_fields(source, settings, GPT2_FIELDS, GPT2_BUILT)
     fields["tied_head"] = settings.get("tie_word_embeddings", True)
-    if "sparse_attention" in settings:
-        fields |= {"sparse": True, "gate_bias": settings["sparse_attention"].get("gate_bias", 0.0)}
     ours = {}
     for name, t in weights.items():
         name = name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # the causal mask, stored by old versions
         ours[name] = t.t().contiguous() if name.endswith(TRANSPOSED) else t
-    if fields["tied_head"] and "wte.weight" in ours and not same_head(ours):
-        raise ValueError(f"{source} has an lm_head.weight of its own, but its config.json ties it")
     return fields, ours
 
 
@@ -361,15 +406,14 @@ def to_gpt2(config, weights):
     if (config.norm, config.position, config.mlp) != ("layernorm", "learned", "gelu") or not (
             config.causal and config.attention_bias and config.mlp_bias
             and config.n_kv_head == config.n_head):
-        raise ValueError("only GPT-2's architecture has a Hugging Face layout here: causal, biases, "
-                         "layernorm, learned positions, gelu, as many key-value heads as heads")
+        raise ValueError("only the architectures of GPT-2 and LLaMA have a Hugging Face layout: causal; "
+                         "layernorm, learned positions, gelu, biases, as many key-value heads as "
+                         "heads; or rmsnorm, rope, swiglu")
     settings = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
                 "activation_function": "gelu_new", "tie_word_embeddings": config.tied_head,
                 "torch_dtype": "float32", "bos_token_id": config.vocab_size - 1,
                 "eos_token_id": config.vocab_size - 1}
     settings |= {theirs: getattr(config, ours) for ours, theirs in GPT2_FIELDS.items()}
-    if config.sparse:
-        settings["sparse_attention"] = {"gate_bias": config.gate_bias}
     theirs = {}
     for name, t in weights.items():
         if name == "lm_head.weight":
@@ -377,6 +421,70 @@ def to_gpt2(config, weights):
                 theirs[name] = t
             continue
         theirs["transformer." + name] = t.t().contiguous() if name.endswith(TRANSPOSED) else t
+    return settings, theirs
+
+
+# the same for LLaMA, and the parts of its tensors' names
+LLAMA_FIELDS = {"block_size": "max_position_embeddings", "vocab_size": "vocab_size",
+                "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+                "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
+                "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps",
+                "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
+LLAMA_BUILT = {"hidden_act": ("silu",), "pretraining_tp": (1,)}
+LLAMA_NAMES = {"wte.": "model.embed_tokens.", "ln_f.": "model.norm.", "h.": "model.layers.",
+               ".ln_1.": ".input_layernorm.", ".ln_2.": ".post_attention_layernorm.",
+               ".attn.c_proj.": ".self_attn.o_proj.", ".mlp.c_proj.": ".mlp.down_proj.",
+               ".mlp.c_gate.": ".mlp.gate_proj.", ".mlp.c_fc.": ".mlp.up_proj."}
+QKV = [f".self_attn.{x}_proj." for x in "qkv"]
+
+
+def from_llama(source, settings, weights):
+    """A Hugging Face LLaMA: config.json and tensors; q, k and v become one matrix."""
+    fields = read_fields(source, settings, LLAMA_FIELDS, LLAMA_BUILT)
+    defaults = {"norm_eps": 1e-6, "attention_bias": False, "mlp_bias": False}
+    fields = defaults | fields | {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu"}
+    fields["tied_head"] = settings.get("tie_word_embeddings", False)
+    rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
+    fields["rope_theta"] = rope.pop("rope_theta", settings.get("rope_theta", 10000.0))
+    fields["rope_scaling"] = rope or None
+    head_size = fields["n_embd"] // fields["n_head"]
+    if settings.get("head_dim") not in (None, head_size):
+        raise ValueError(f"{source} has heads of {settings['head_dim']}, where hidden_size / "
+                         f"num_attention_heads is {head_size}: not built here")
+    theirs, ours = dict(weights), {}
+    for name in [name for name in weights if QKV[0] in name]:
+        parts = [name.replace(QKV[0], part) for part in QKV]
+        if all(part in weights for part in parts):
+            theirs[name.replace(QKV[0], ".attn.c_attn.")] = torch.cat([theirs.pop(p) for p in parts])
+    for name, t in theirs.items():
+        for our_part, their_part in LLAMA_NAMES.items():
+            name = name.replace(their_part, our_part)
+        if not name.endswith(".rotary_emb.inv_freq"):  # computed; stored by old versions
+            ours[name] = t
+    return fields, ours
+
+
+def to_llama(config, weights):
+    """The inverse of from_llama: (config.json as a dict, {their name: tensor})."""
+    if (config.position, config.mlp) != ("rope", "swiglu") or not config.causal:
+        raise ValueError("rmsnorm has a Hugging Face layout only with rope, swiglu and causal attention")
+    settings = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+                "tie_word_embeddings": config.tied_head, "torch_dtype": "float32",
+                "bos_token_id": None, "eos_token_id": None, "rope_theta": config.rope_theta,
+                "rope_scaling": config.rope_scaling}
+    settings |= {theirs: getattr(config, ours) for ours, theirs in LLAMA_FIELDS.items()}
+    rows = [config.n_embd] + 2 * [config.n_kv_head * config.head_size]  # of q, k and v
+    theirs = {}
+    for name, t in weights.items():
+        if name == "lm_head.weight" and config.tied_head:
+            continue
+        for our_part, their_part in LLAMA_NAMES.items():
+            name = name.replace(our_part, their_part)
+        if ".attn.c_attn." in name:
+            for part, piece in zip(QKV, t.split(rows)):
+                theirs[name.replace(".attn.c_attn.", part)] = piece
+        else:
+            theirs[name] = t
     return settings, theirs
 
 
@@ -442,13 +550,14 @@ def generate(model, idx, n, temperature=1.0, top_k=None, seed=0, n_tokens=None):
 @dataclass
 class Flags:
     init: str = "gpt2"  # hub name, Hugging Face folder or checkpoint
+    adapter: str | None = None  # adapter.safetensors of train.py --lora, on top of it
     prompt: str = "The dog"  # text to go on with
     tokens: int = 50  # how many tokens to add
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int | None = None  # only the so many likeliest tokens
     seed: int = 0  # of the choices
     sparse: bool | None = None  # gates on or off; default: as the model was saved
-    tokenizer: str | None = None  # gpt2 or bytes; default: by the model's vocabulary
+    tokenizer: str | None = None  # gpt2, bytes or a tokenizer.json; default: the model's own
 
     def __post_init__(self):
         if self.tokens < 1 or self.temperature < 0 or (self.top_k is not None and self.top_k < 1):
@@ -461,9 +570,10 @@ def main(flags):
     from plumbing.tokens import name_for, tokenizer
 
     overrides = {} if flags.sparse is None else {"sparse": flags.sparse}
-    model = Transformer.from_pretrained(flags.init, **overrides).eval()
-    tok = tokenizer(name_for(model.config.vocab_size, flags.tokenizer))
-    idx = torch.tensor([[int(i) for i in tok.encode(flags.prompt)]])
+    model = Transformer.from_pretrained(flags.init, flags.adapter, **overrides).eval()
+    tok = tokenizer(name_for(model.config.vocab_size, flags.tokenizer, flags.init))
+    begin = [] if tok.bos is None else [tok.bos]
+    idx = torch.tensor([begin + [int(i) for i in tok.encode(flags.prompt)]])
     idx, edges = generate(model, idx, flags.tokens, flags.temperature, flags.top_k, flags.seed,
                           tok.vocab_size)
     print(tok.decode(idx[0].tolist()))

@@ -278,6 +278,13 @@ def read_safetensors(path):
     return tensors
 
 
+def read_metadata(path):
+    """{str: str}, the __metadata__ of a safetensors file."""
+    read_header(path, os.path.getsize(path))
+    with open(path, "rb") as f:
+        return json.loads(f.read(int.from_bytes(f.read(8), "little"))).get("__metadata__") or {}
+
+
 def read_header(path, size):
     """(offset of the first tensor, [(begin, end, shape, dtype, name)] in the file's order)."""
     with open(path, "rb") as f:
@@ -314,7 +321,16 @@ def read_header(path, size):
 
 
 # -----------------------------------------------------------------------------
-# writer
+# writers: whole or not at all
+
+
+def write_pickle(path, content):
+    """torch.save of tensors and plain containers, which read_pickle opens."""
+    try:
+        replace(path, lambda temporary: torch.save(content, temporary))
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(f"can not write {path}, is the disk full? what was there before is as it "
+                      f"was ({str(error).splitlines()[0]})") from None
 
 
 def write_safetensors(path, tensors, metadata=None):

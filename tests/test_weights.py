@@ -1,4 +1,4 @@
-"""Weights in and out: GPT-2 against transformers, the authors' layout, and files that are wrong."""
+"""Weights in and out: GPT-2 and LLaMA against transformers, the authors' layout, and files that are wrong."""
 
 import json
 import os
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig,
+                          LlamaForCausalLM)
 
 from model import Config, Transformer
 from plumbing.tokens import fixed_blocks, open_tokens, tokenizer
@@ -89,15 +90,102 @@ def test_save_pretrained_opens_in_transformers(size, tied, tmp_path):
     assert torch.equal(again(idx)[0], ours(idx)[0])
 
 
-def test_a_sparse_model_comes_back_sparse_and_transformers_gets_its_gates_from_the_readme(tmp_path):
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+LLAMAS = {
+    "grouped queries, tied": dict(num_key_value_heads=2, tie_word_embeddings=True),
+    "all heads, untied": dict(num_key_value_heads=8),
+    "one key-value head, biases": dict(num_key_value_heads=1, attention_bias=True, mlp_bias=True),
+    "llama3 scaling": dict(rope_parameters={"rope_theta": 5e4, **LLAMA3}, num_key_value_heads=2),
+    "linear scaling": dict(rope_parameters={"rope_theta": 1e4, "rope_type": "linear", "factor": 3.0}),
+    "another theta and eps": dict(rope_parameters={"rope_theta": 1e5, "rope_type": "default"},
+                                  rms_norm_eps=1e-3, tie_word_embeddings=True),
+}
+
+
+def llama(kind, folder, **how):
+    """A random transformers LLaMA of one of LLAMAS, saved; norms and biases random too."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**dict(
+        hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=8,
+        vocab_size=90, max_position_embeddings=400) | LLAMAS[kind])).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(folder, **how)
+    return model, torch.randint(90, (2, 400))
+
+
+@pytest.mark.parametrize("kind", LLAMAS)
+def test_llama_equals_transformers(kind, tmp_path):
+    """Both ways, at positions within and beyond the original context of llama3's scaling."""
+    theirs, idx = llama(kind, tmp_path / "theirs")
+    ours = Transformer.from_pretrained(str(tmp_path / "theirs"))
+    same_logits(ours, theirs, idx)
+    ours.save_pretrained(str(tmp_path / "ours"))
+    same_logits(ours, AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval(), idx)
+    again = Transformer.from_pretrained(str(tmp_path / "ours"))
+    assert again.config == ours.config and torch.equal(again(idx)[0], ours(idx)[0])
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3, {"type": "linear", "factor": 2.0}])
+def test_llama_settings_of_transformers_4(scaling, tmp_path):
+    """rope_theta and rope_scaling beside each other, as all files on the hub have them."""
+    llama("another theta and eps", tmp_path)
+    settings(tmp_path, rope_parameters=None, rope_theta=1e5, rope_scaling=scaling)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    same_logits(Transformer.from_pretrained(str(tmp_path)), theirs, torch.randint(90, (2, 400)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sharded_llama(dtype, tmp_path):
+    theirs, idx = llama("grouped queries, tied", tmp_path / "float32")
+    theirs.to(dtype).save_pretrained(tmp_path, max_shard_size="100KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    same_logits(Transformer.from_pretrained(str(tmp_path)), theirs, idx)
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=f"names the file {shards[1].name}, which is not beside it"):
+        Transformer.from_pretrained(str(tmp_path))
+
+
+BAD_LLAMA = {
+    "rope_scaling of type 'yarn' is not known": lambda f: settings(
+        f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+    "rope_scaling of type 'llama3' lacks 'high_freq_factor'": lambda f: settings(
+        f, rope_parameters={k: v for k, v in LLAMA3.items() if "high" not in k}),
+    "has heads of 16, where hidden_size": lambda f: settings(f, head_dim=16),
+    "hidden_act = 'gelu'": lambda f: settings(f, hidden_act="gelu"),
+    "lacks tensor h.1.attn.c_attn.weight": lambda f: damage(
+        f, lambda w: w.pop("model.layers.1.self_attn.v_proj.weight")),
+    "an lm_head.weight of its own": lambda f: settings(f, tie_word_embeddings=True),
+    "h.0.attn.c_attn.weight has shape": lambda f: settings(f, num_key_value_heads=4),
+}
+
+
+@pytest.mark.parametrize("message", BAD_LLAMA)
+def test_wrong_llama_folders_are_one_clear_line(message, tmp_path):
+    llama("all heads, untied", tmp_path)
+    BAD_LLAMA[message](tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        Transformer.from_pretrained(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_sparse_model_comes_back_sparse_and_transformers_gets_its_gates_from_the_readme(family, tmp_path):
     """The README's lines, run as they stand, give transformers our logits."""
-    reference(SIZES[3], tmp_path / "dense")
+    if family == "gpt2":
+        reference(SIZES[3], tmp_path / "dense")
+    else:
+        llama("grouped queries, tied", tmp_path / "dense")
     ours = Transformer.from_pretrained(str(tmp_path / "dense"), sparse=True, gate_bias=0.25)
     folder = str(tmp_path / "sparse")
     ours.save_pretrained(folder)
     again = Transformer.from_pretrained(folder)
     assert again.config.sparse and again.config.gate_bias == 0.25
-    idx = torch.randint(1000, (2, 50))
+    idx = torch.randint(90, (2, 50))
     with torch.no_grad():
         want = ours(idx)[0]
         dense = AutoModelForCausalLM.from_pretrained(folder).eval()(idx).logits
@@ -204,9 +292,9 @@ def test_wrong_names_and_files_are_one_clear_line(tmp_path):
         Transformer.from_pretrained(str(path))
 
 
-def test_only_gpt2_has_a_hugging_face_layout(tmp_path):
+def test_other_architectures_have_no_hugging_face_layout(tmp_path):
     model = Transformer(Config(n_layer=1, n_head=1, n_embd=8, vocab_size=9, block_size=4, causal=False))
-    with pytest.raises(ValueError, match="only GPT-2"):
+    with pytest.raises(ValueError, match="only the architectures of GPT-2 and LLaMA"):
         model.save_pretrained(str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
 

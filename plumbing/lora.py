@@ -1,0 +1,82 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): y = W x + B A x, W frozen, A (rank, in), B (out, rank).
+
+A sparse model is then a file of a few MB beside its public base.
+"""
+
+import json
+import math
+import zlib
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from plumbing import hub
+
+ATTENTION, MLP = ("attn.c_attn", "attn.c_proj"), ("mlp.c_fc", "mlp.c_gate", "mlp.c_proj")
+
+
+class Adapted(nn.Module):
+    """A linear layer, under its own names, with an adapter beside it."""
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_a = nn.Parameter(self.weight.new_empty(rank, self.weight.shape[1]))
+        self.lora_b = nn.Parameter(self.weight.new_empty(self.weight.shape[0], rank))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+
+def add(model, rank, mlp=False, seed=0):
+    """Freeze the model and give it adapters; returns their first weights, {name: tensor}, B = 0."""
+    model.requires_grad_(False)
+    random, first = torch.Generator().manual_seed(seed), {}
+    for name, linear in list(model.named_modules()):
+        if name.endswith(ATTENTION + MLP * mlp):
+            parent, child = name.rsplit(".", 1)
+            adapted = Adapted(linear, rank)
+            setattr(model.get_submodule(parent), child, adapted)
+            a, b = adapted.lora_a.shape, adapted.lora_b.shape
+            first[name + ".lora_a"] = torch.randn(a, generator=random) / math.sqrt(a[1])
+            first[name + ".lora_b"] = torch.zeros(b)
+    return first
+
+
+def fingerprint(weights):
+    """A number of the base: the first 1,024 values of each tensor."""
+    crc = 0
+    for name in sorted(name for name in weights if not name.endswith(("lora_a", "lora_b"))):
+        crc = zlib.crc32(weights[name].flatten()[:1024].to(torch.float32).numpy(), crc)
+    return f"{crc:08x}"
+
+
+def save(path, adapters, base, config):
+    """The adapter file: {name: tensor}, the base's fingerprint, and the gates they were trained with."""
+    gates = {"sparse": config.sparse, "gate_bias": config.gate_bias}
+    hub.write_safetensors(path, adapters, {"base": base, "gates": json.dumps(gates)})
+
+
+def merged(path, weights):
+    """(Config fields of the gates, weights + B A in float32); wrong file or base: ValueError."""
+    adapters, about = hub.read_safetensors(path), hub.read_metadata(path)
+    if "base" not in about or "gates" not in about:
+        raise ValueError(f"{path} is no adapter file of train.py --lora")
+    layers = sorted({name.rsplit(".", 1)[0] for name in adapters})
+    for layer in layers:
+        W = weights.get(layer + ".weight")
+        if not {layer + ".lora_a", layer + ".lora_b"} <= adapters.keys():
+            raise ValueError(f"{path} lacks one of the two matrices of {layer}")
+        shape = (len(adapters[layer + ".lora_b"]), adapters[layer + ".lora_a"].shape[1])
+        if W is None or W.shape != shape:
+            raise ValueError(f"{path} adapts {layer}, {shape[0]} x {shape[1]}, which this base has not: "
+                             "give the base that it was trained on")
+    if fingerprint(weights) != about["base"]:
+        raise ValueError(f"{path} was trained on a base of the same shape but with other weights "
+                         f"({about['base']}, these are {fingerprint(weights)})")
+    weights = dict(weights)
+    for layer in layers:
+        a, b = (adapters[f"{layer}.lora_{x}"].to(torch.float32) for x in "ab")
+        weights[layer + ".weight"] = weights[layer + ".weight"].to(torch.float32) + b @ a
+    return json.loads(about["gates"]), weights
