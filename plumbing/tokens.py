@@ -12,6 +12,7 @@ into pieces of about 20 kB or a 40th of the text, and each piece counts as a doc
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import struct
@@ -21,10 +22,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing import flags
+from plumbing import flags, hub
 
 # -----------------------------------------------------------------------------
-# tokenizers: name, vocab_size, eot (the id behind every document), encode, decode
+# tokenizers: name, vocab_size, eot (the id behind every document), bos (the id in front of every
+# text, or None), encode, decode
 
 SEPARATOR = "<|endoftext|>"  # between documents; inside a text it is text like any other
 
@@ -32,7 +34,7 @@ SEPARATOR = "<|endoftext|>"  # between documents; inside a text it is text like 
 class Bytes:
     """One token a byte of UTF-8; needs no download."""
 
-    name, vocab_size, eot = "bytes", 257, 256
+    name, vocab_size, eot, bos = "bytes", 257, 256, None
 
     def encode(self, text):
         return np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
@@ -45,13 +47,14 @@ class Bytes:
 class GPT2:
     """GPT-2's byte pair encoding, by tiktoken."""
 
-    name, vocab_size, eot = "gpt2", 50257, 50256
+    name, vocab_size, eot, bos = "gpt2", 50257, 50256, None
 
-    def __init__(self):
+    @functools.cached_property
+    def bpe(self):
         import tiktoken
 
         try:
-            self.bpe = tiktoken.get_encoding("gpt2")
+            return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:
             raise ValueError(f"tiktoken can not download its gpt2 files ({type(error).__name__}): "
                              "set TIKTOKEN_CACHE_DIR to a folder that holds them, or choose the "
@@ -64,22 +67,38 @@ class GPT2:
         return self.bpe.decode([int(i) for i in ids])
 
 
-TOKENIZERS = {"gpt2": GPT2, "bytes": Bytes}  # a folder with a tokenizer.json: a third class, here
+TOKENIZERS = {"gpt2": GPT2, "bytes": Bytes}
 
 
 def tokenizer(name):
-    """The tokenizer of that name: encode(text) -> ids, a list or array; decode(ids) -> text."""
-    if name not in TOKENIZERS:
-        raise ValueError(f"unknown tokenizer {name!r}, there are: {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[name]()
+    """The tokenizer of that name, or of a tokenizer.json or the folder that holds one.
+
+    encode(text) -> ids, a list or array; decode(ids) -> text.
+    """
+    if name in TOKENIZERS:
+        return TOKENIZERS[name]()
+    if not os.path.exists(name):
+        raise ValueError(f"unknown tokenizer {name!r}, there are: {', '.join(TOKENIZERS)}, or a "
+                         "tokenizer.json")
+    from plumbing.bpe import BPE
+
+    return BPE(name)
 
 
-def name_for(vocab_size, name=None):
-    """The name of the tokenizer of a model: `name` if given and small enough, else by its size."""
+def name_for(vocab_size, name=None, model=None):
+    """What `tokenizer` takes for a model of that many tokens: `name` if given, else by its size.
+
+    Else its own: the tokenizer.json in or beside `model`, a hub name, folder or checkpoint.
+    """
     name = name or {257: "bytes", 50257: "gpt2", 50304: "gpt2"}.get(vocab_size)
+    if name is None and model:
+        path = hub.fetch_model(model)
+        own = os.path.join(os.path.dirname(path) if os.path.isfile(path) else path, "tokenizer.json")
+        name = own if os.path.exists(own) else None
     if name is None:
-        raise ValueError(f"the model has {vocab_size} tokens: say of which --tokenizer")
-    if name in TOKENIZERS and TOKENIZERS[name].vocab_size > vocab_size:
+        raise ValueError(f"the model has {vocab_size} tokens and no tokenizer.json: say of which "
+                         "--tokenizer")
+    if tokenizer(name).vocab_size > vocab_size:
         raise ValueError(f"--tokenizer {name} has more tokens than the model's {vocab_size}")
     return name
 
@@ -235,12 +254,12 @@ def prepare(paths, out, tokenizer_name):
     """
     files, bins, meta = text_files(paths), split_paths(out), os.path.join(out, "meta.json")
     sources = [[f, s.st_size, s.st_mtime_ns] for f in files for s in [os.stat(f)]]
-    about = {"version": VERSION, "tokenizer": tokenizer_name, "sources": sources}
+    tok = tokenizer(tokenizer_name)
+    about = {"version": VERSION, "tokenizer": tok.name, "sources": sources}
     with contextlib.suppress(OSError, ValueError):
         if about.items() <= json.load(open(meta)).items() and all(map(os.path.exists, bins)):
             print(f"{out}: prepared before from the same files")
             return out
-    tok = tokenizer(tokenizer_name)
     flags.open_folder(out)
 
     def write(temporaries):
@@ -285,24 +304,26 @@ def load_data(data, tokenizer_name, shards=1):
     that is named after the first. Missing or damaged files, tokens of another tokenizer, shards
     that do not exist: ValueError or OSError.
     """
+    tok = tokenizer(tokenizer_name)
     if data == "python-docs":
-        tok, parts = tokenizer(tokenizer_name), {split: [] for split in SPLITS}
+        parts = {split: [] for split in SPLITS}
         for n, text in enumerate(python_docs()):
             parts[split_of(n)] += [tok.encode(text), [tok.eot]]
         *train, val, test = (joined(part, tok) for part in parts.values())
     elif data == "fineweb":
-        if tokenizer_name != "gpt2":
-            raise ValueError(f"fineweb holds tokens of 'gpt2', not of {tokenizer_name!r}")
+        if tok.name != "gpt2":
+            raise ValueError(f"fineweb holds tokens of 'gpt2', not of {tok.name!r}: give .txt files "
+                             "to --data")
         val, *train = (open_tokens(path, "gpt2")[0] for path in fineweb(shards))
         val, test = val[: len(val) // 2], val[len(val) // 2 :]
     else:
         if not os.path.exists(os.path.join(data, "meta.json")):
             sources = [data] if os.path.exists(data) else data.split(",")
             name = os.path.splitext(os.path.basename(os.path.realpath(sources[0])))[0]
-            data = os.path.join("data", f"{name}-{tokenizer_name}")
+            data = os.path.join("data", f"{name}-{tok.name}")
             prepare(sources, data, tokenizer_name)
-        *train, val, test = (open_tokens(path, tokenizer_name)[0] for path in split_paths(data))
-    return {"train": train, "val": val, "test": test, "tokenizer": tokenizer_name}
+        *train, val, test = (open_tokens(path, tok.name)[0] for path in split_paths(data))
+    return {"train": train, "val": val, "test": test, "tokenizer": tok.name}
 
 
 # -----------------------------------------------------------------------------
@@ -392,7 +413,7 @@ def main():
                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["prepare"])
     parser.add_argument("sources", metavar="FILE_OR_FOLDER", nargs="+", help=".txt files, folders")
-    parser.add_argument("--tokenizer", default="gpt2", help=f"{' or '.join(TOKENIZERS)} [gpt2]")
+    parser.add_argument("--tokenizer", default="gpt2", help=f"{', '.join(TOKENIZERS)} or a tokenizer.json [gpt2]")
     parser.add_argument("--out", required=True, help="folder to write, for example data/NAME")
     try:
         args = parser.parse_args()

@@ -69,7 +69,7 @@ def test_gpt2_without_its_files_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr("tiktoken.get_encoding", offline)
     with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR.*'bytes'") as error:
-        tokens.tokenizer("gpt2")
+        tokens.tokenizer("gpt2").encode("a")
     assert one_line(error)
 
 
