@@ -6,6 +6,7 @@ Sparse post-training of a language model: the fewest open attention edges at the
     python train.py --init FOLDER --data a.txt   local weights and text
     python train.py --init gpt2 --no-sparse      the dense control: same data and steps, no gates
     python train.py --resume out/gpt2            go on where a run was stopped
+    torchrun --nproc-per-node 8 train.py --init meta-llama/Llama-3.2-1B --fsdp
 
 What it does: measures the dense model's cross-entropy (CE) on held-out text and sets
 tau = CE + slack; trains on with sampled gates, minimising the expected share of open edges E
@@ -33,18 +34,19 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from geco import GECO
-from model import Config, Transformer, read_checkpoint
-from plumbing import tokens
+from model import Config, Transformer, read_model
+from plumbing import fsdp, lora, plan, tokens
 from plumbing.flags import Log, open_folder, run, save_figure, write_results
-from plumbing.hub import read_pickle
+from plumbing.hub import read_pickle, read_safetensors, write_pickle
 from sparse import fold_in, peak_memory
 
 
 @dataclass
 class Flags:
     init: str = "scratch"  # hub name, Hugging Face folder, checkpoint, or scratch
+    adapter: str | None = None  # adapter.safetensors of an earlier --lora run, on top of it
     data: str | None = None  # fineweb, python-docs, a prepared folder, or .txt files with commas
-    tokenizer: str | None = None  # gpt2 or bytes; default: by the model's vocabulary
+    tokenizer: str | None = None  # gpt2, bytes or a tokenizer.json; default: the model's own
     shards: int = 1  # fineweb files of 100M tokens each
     out: str | None = None  # folder for checkpoints, results.json, log.jsonl and figures
     resume: str | None = None  # the --out folder of a stopped run: go on with its flags
@@ -54,6 +56,9 @@ class Flags:
     n_embd: int = 128  # width
     dense_steps: int = 2000  # steps of dense training before the sparse ones
     dense_lr: float = 2e-3  # its highest learning rate
+    # what is trained
+    lora: int = 0  # rank of adapters on the attention matrices, everything else frozen; 0: all of it
+    lora_mlp: bool = False  # adapters on the MLP's matrices too
     # the objective
     sparse: bool = True  # gates and penalty; --no-sparse is the dense control
     gate_bias: float | None = None  # b: open with sigmoid(s + b); default 2, or the init's own
@@ -69,7 +74,7 @@ class Flags:
     control: str | None = None  # --out folder of the dense control, to report beside
     # the steps
     context: int | None = None  # tokens a sequence; default 1024 or what the model takes
-    batch_size: int = 8  # sequences in memory at a time
+    batch_size: int = 8  # sequences in memory at a time, over all ranks
     accumulate: int = 1  # gradient accumulation: batches a step
     steps: int = 3000  # optimiser steps
     lr: float | None = None  # highest learning rate; default 1e-3 from scratch, else 1e-4
@@ -81,6 +86,9 @@ class Flags:
     # running
     device: str = "auto"  # cpu, cuda, mps
     dtype: str = "auto"  # float32 or bfloat16 autocast; auto: bfloat16 on CUDA
+    fsdp: bool = False  # shard over the processes of torchrun
+    recompute: bool = False  # activation checkpointing: less memory, a third more time
+    dry_run: bool = False  # only print parameters and memory per rank
     compile: bool = False  # torch.compile, a slow start for faster steps
     threads: int = 2  # CPU threads
     eval_every: int = 200  # steps between evaluations, checkpoints and figures
@@ -106,6 +114,13 @@ class Flags:
             raise ValueError("--gate-bias must be a finite number")
         if abs(self.seed) >= 2**62:
             raise ValueError("--seed must be below 2^62")
+        if self.lora < 0 or (self.lora_mlp and not self.lora):
+            raise ValueError("--lora must be a rank of at least 1, and --lora-mlp needs it")
+        if self.lora and (self.adapter or self.init == "scratch"):
+            raise ValueError("--lora needs a trained --init and no --adapter: a run that is to go on "
+                             "is --resume")
+        if self.fsdp and self.compile:
+            raise ValueError("--compile and --fsdp do not work together here: give one of them")
         self.geco(self.tau if self.tau is not None else 1.0)  # its own checks, before any work
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"--dtype must be auto, float32 or bfloat16, got {self.dtype!r}")
@@ -131,30 +146,42 @@ def pick_device(flags):
         raise ValueError(f"--device {device}: this machine has none that torch can use; "
                          "--device cpu works everywhere")
     half = flags.dtype == "bfloat16" or (flags.dtype == "auto" and device == "cuda")
-    if half:
-        return device, lambda: torch.autocast(device, dtype=torch.bfloat16)
-    return device, contextlib.nullcontext
+    if half and not flags.fsdp:  # which casts by itself
+        return device, half, lambda: torch.autocast(device, dtype=torch.bfloat16)
+    return device, half, contextlib.nullcontext
 
 
-def load_model(flags, **overrides):
-    """The model to start from, on the CPU."""
+def read_init(flags):
+    """(Config, {name: tensor}) of the model to start from, on the CPU."""
     if flags.init != "scratch":
-        return Transformer.from_pretrained(flags.init, **overrides)
+        return fsdp.first_on_each_machine(lambda: read_model(flags.init, flags.adapter))
     torch.manual_seed(flags.seed)
     vocabulary = tokens.tokenizer(flags.tokenizer or "bytes").vocab_size
-    return Transformer(Config(block_size=flags.context or 128, vocab_size=vocabulary,
-                              n_layer=flags.n_layer, n_head=flags.n_head, n_embd=flags.n_embd,
-                              **overrides))
+    config = Config(block_size=flags.context or 128, vocab_size=vocabulary, n_layer=flags.n_layer,
+                    n_head=flags.n_head, n_embd=flags.n_embd)
+    return config, Transformer(config).state_dict()
+
+
+def build(flags, config, weights, device, half):
+    """The model on its device: the whole of it, or this rank's shards with --fsdp."""
+    with torch.device("meta"):  # shapes without memory
+        model = Transformer(config)
+    if flags.lora:
+        weights = weights | lora.add(model, flags.lora, flags.lora_mlp, flags.seed)
+    model.recompute = flags.recompute
+    if flags.fsdp:
+        return fsdp.shard(model, weights, device, half)
+    return model.take(weights).to(device)
 
 
 def load_data(flags, config):
     """(context, training Blocks, {"val", "test"}: fixed (idx, targets)) for this model."""
-    name = tokens.name_for(config.vocab_size, flags.tokenizer)
+    name = tokens.name_for(config.vocab_size, flags.tokenizer, flags.init)
     context = flags.context or min(1024, config.block_size)
     if not 1 <= context <= config.block_size:
         raise ValueError(f"--context {context}: the model takes 1 to {config.block_size} tokens")
     source = flags.data or ("fineweb" if name == "gpt2" else "python-docs")
-    data = tokens.load_data(source, name, flags.shards)
+    data = fsdp.first_on_each_machine(lambda: tokens.load_data(source, name, flags.shards))
     fixed = {split: tokens.fixed_blocks(data[split], context, flags.eval_sequences)
              for split in ("val", "test")}
     return context, tokens.Blocks(data["train"], context, flags.seed), fixed
@@ -185,18 +212,21 @@ def learning_rate(step, flags):
 def evaluate(model, blocks, flags, amp, device, sampled=False):
     """(CE in nats, share of open gates (n_layer, n_head) or None) over fixed (idx, targets).
 
-    Deterministic gates; `sampled` ones have fixed seeds of their own.
+    Deterministic gates; `sampled` ones have fixed seeds of their own. Each rank takes its part.
     """
-    ce, opened, count = 0.0, 0.0, len(blocks[0])
+    count, totals = len(blocks[0]), 0.0
     for n in range(0, count, flags.batch_size):
-        idx, targets = (x[n:n + flags.batch_size].to(device) for x in blocks)
-        seeds = fold_in(-1, torch.arange(n, n + len(idx))) if sampled else None
+        rows = torch.arange(n + fsdp.rank(), min(n + flags.batch_size, count), fsdp.world())
+        share = len(rows) / count
+        rows = rows if len(rows) else torch.tensor([0])  # all ranks must run, to gather the weights
+        idx, targets = (x[rows].to(device) for x in blocks)
         with amp():
-            _, loss, edges = model(idx, targets, seed=seeds)
-        ce += loss.item() * len(idx) / count
-        if edges is not None:
-            opened = opened + edges.open.cpu() * len(idx) / count
-    return ce, opened if torch.is_tensor(opened) else None
+            _, loss, edges = model(idx, targets, seed=fold_in(-1, rows) if sampled else None)
+        opened = [] if edges is None else edges.open.flatten().tolist()
+        totals = totals + share * torch.tensor([loss.item(), *opened], dtype=torch.float64)
+    ce, *opened = fsdp.total(totals)
+    config = model.config
+    return ce, np.reshape(opened, (config.n_layer, config.n_head)) if config.sparse else None
 
 
 def peak_memory_gib(device):
@@ -234,10 +264,16 @@ def start(flags, saved=None):
     A new run measures the dense model's CE, on validation text for tau and on test text for the
     report. A resumed one takes model, optimiser, lambda and measurements from `saved`.
     """
-    device, amp = pick_device(flags)
-    dense = load_model(flags, sparse=False).to(device) if flags.distill or not saved else None
-    config = Config(**saved["config"] if saved else gated_config(flags, dense.config))
+    device, half, amp = pick_device(flags)
+    config, weights = read_init(flags)
+    config = gated_config(flags, config)
     context, blocks, fixed = load_data(flags, config)
+    base = lora.fingerprint(weights) if flags.lora else None
+    model = build(flags, config, weights, device, half)
+    teacher = None
+    if flags.distill:
+        dense, weights = changed(flags, lora=0), read_init(flags)[1]
+        teacher = build(dense, Config(**asdict(config) | {"sparse": False}), weights, device, half)
     marks = {"blocks": blocks.n_blocks} | {s: zlib.crc32(fixed[s][0].numpy()) for s in fixed}
     if saved:
         state = saved["state"]
@@ -245,52 +281,52 @@ def start(flags, saved=None):
             raise ValueError(f"--resume {flags.out}: the data has changed since, its number of blocks "
                              f"or the held-out ones: {state['data']} then, {marks} now")
     else:
-        ce = {split: evaluate(dense, fixed[split], flags, amp, device)[0] for split in fixed}
+        config.sparse = False  # the same weights before they get their gates
+        ce = {split: evaluate(model, fixed[split], flags, amp, device)[0] for split in fixed}
+        config.sparse = flags.sparse
         tau = ce["val"] + flags.slack if flags.tau is None else flags.tau
         state = {"step": 0, "seconds": 0.0, "data": marks, "ce_dense": ce, "tau": tau,
                  "gap": 0.0, "best": None, "trace": []}
-    model = Transformer(config).to(device)
-    model.load_state_dict(saved["model"] if saved else dense.state_dict())
     optimizer = make_optimizer(model, flags)
     geco = flags.geco(state["tau"] - state["gap"])
     if saved:
-        optimizer.load_state_dict(saved["optimizer"])
+        fsdp.load(saved, model, optimizer, trained_only=flags.lora > 0)
         geco.load_state_dict(saved["geco"])
     return {"device": device, "amp": amp, "context": context, "blocks": blocks, "fixed": fixed,
-            "dense": dense if flags.distill else None, "model": model, "state": state,
+            "teacher": teacher, "base": base, "model": model, "state": state,
             "optimizer": optimizer, "geco": geco}
 
 
 def gated_config(flags, config):
-    """The Config, as a dict, of the model to train: gates or not, and b."""
-    settings = asdict(config) | {"sparse": flags.sparse}
-    if flags.init != "scratch" and read_checkpoint(flags.init)[0].get("sparse"):
+    """The Config of the model to train: gates or not, and b."""
+    own = 2.0
+    if config.sparse:
         print(f"note: {flags.init} is sparse; its dense CE is that of its weights without gates")
         own = config.gate_bias
-    else:
-        own = 2.0
+    settings = asdict(config) | {"sparse": flags.sparse}
     if flags.sparse:
         settings["gate_bias"] = own if flags.gate_bias is None else flags.gate_bias
-    return settings
+    return Config(**settings)
 
 
 def step_once(job, flags, forward):
     """One optimiser step: the numbers of its line. A loss that is not finite: ValueError."""
     model, geco, step, device = job["model"], job["geco"], job["state"]["step"], job["device"]
     totals = {"ce": 0.0, "open": 0.0, "kl": 0.0}
+    size = flags.batch_size // fsdp.world()  # sequences of this rank at a time, from `first` on
+    first = fsdp.rank() * size
     job["optimizer"].zero_grad()
     for micro in range(flags.accumulate):
-        sample = (0 if flags.overfit else step) * flags.accumulate + micro
-        idx, targets = (x.to(device) for x in job["blocks"].batch(sample * flags.batch_size,
-                                                                flags.batch_size))
-        rows = micro * flags.batch_size + torch.arange(len(idx))  # their numbers in the step
+        batch = (0 if flags.overfit else step) * flags.accumulate + micro
+        idx, targets = (x.to(device) for x in job["blocks"].batch(batch * flags.batch_size + first, size))
+        rows = micro * flags.batch_size + first + torch.arange(size)  # their numbers in the step
         seeds = fold_in(fold_in(flags.seed, step), rows).to(device)
         with job["amp"]():
             logits, ce, edges = forward(idx, targets, seed=seeds)
         constrained, totals["ce"] = ce, totals["ce"] + ce.item() / flags.accumulate
         if flags.distill:
             with torch.no_grad(), job["amp"]():
-                teacher = job["dense"](idx)[0].float().log_softmax(-1).flatten(0, 1)
+                teacher = job["teacher"](idx)[0].float().log_softmax(-1).flatten(0, 1)
             student = logits.float().log_softmax(-1).flatten(0, 1)
             kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
             constrained = ce + flags.distill * kl
@@ -299,7 +335,9 @@ def step_once(job, flags, forward):
         if flags.sparse:
             totals["open"] += edges.open.mean().item() / flags.accumulate
         (loss / flags.accumulate).backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), flags.clip).item()
+    totals = dict(zip(totals, fsdp.mean(totals.values())))  # the same lambda on every rank
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), flags.clip)
+    norm = (norm.full_tensor() if flags.fsdp else norm).item()
     if not (math.isfinite(totals["ce"]) and math.isfinite(norm)):
         raise ValueError(f"step {step + 1}: the loss is {totals['ce']}, its gradient {norm}; the "
                          f"last good checkpoint is in {flags.out}: try a lower --lr or --clip")
@@ -330,21 +368,35 @@ def checkpoint(job, flags, log):
                   "lambda": job["geco"].lam, "gap": state["gap"]}
         if ce <= state["tau"] and (not state["best"] or point["open"] < state["best"]["open"]):
             state["best"] = point
-            model.save_checkpoint(os.path.join(flags.out, "best.pt"), step=state["step"])
+            export(job, flags, best_file(flags))
     state["trace"].append(point)
-    log.write(**point)
+    log(**point)
     save(job, flags)
-    if flags.sparse:
+    if flags.sparse and fsdp.rank() == 0:
         draw(job, flags)
     model.train()
     return point
 
 
+def best_file(flags):
+    return os.path.join(flags.out, "adapter.safetensors" if flags.lora else "best.pt")
+
+
+def export(job, flags, path):
+    """What was trained in one file: a checkpoint that from_pretrained opens, or the adapter."""
+    model, weights = job["model"], fsdp.whole_model(job["model"], trained_only=flags.lora > 0)
+    if fsdp.rank() == 0 and flags.lora:
+        lora.save(path, weights, job["base"], model.config)
+    elif fsdp.rank() == 0:
+        write_pickle(path, {"config": asdict(model.config), "model": weights, "step": job["state"]["step"]})
+
+
 def save(job, flags):
-    """last.pt: all that --resume needs."""
-    job["model"].save_checkpoint(os.path.join(flags.out, "last.pt"), flags=asdict(flags),
-                               optimizer=job["optimizer"].state_dict(),
-                               geco=job["geco"].state_dict(), state=job["state"])
+    """All that --resume needs: last.pt, or the folder last with a file of each rank."""
+    path, trained_only = os.path.join(flags.out, "last"), flags.lora > 0
+    fsdp.save(path, job["model"], job["optimizer"], trained_only, sharded=flags.fsdp,
+              config=asdict(job["model"].config), flags=asdict(flags),
+              geco=job["geco"].state_dict(), state=job["state"])
 
 
 def train(flags):
@@ -354,17 +406,19 @@ def train(flags):
         flags, saved = load_run(flags)
     torch.set_num_threads(flags.threads)
     open_folder(flags.out)
-    old = [os.path.join(flags.out, name) for name in ("last.pt", "results.json", "best.pt")]
-    if not saved and os.path.exists(old[0]) and not os.path.exists(old[1]):
+    old = [os.path.join(flags.out, "results.json"), best_file(flags)]
+    if not saved and last_of(flags.out) and not os.path.exists(old[0]):
         raise ValueError(f"{flags.out} holds a run that is not finished: go on with --resume "
                          f"{flags.out}, or give another --out")
     job = start(flags, saved)
-    for path in [] if saved else filter(os.path.exists, old[1:]):
+    for path in [] if saved or fsdp.rank() else filter(os.path.exists, old):
         os.remove(path)  # of a finished run in the same folder
     state, per_step = job["state"], flags.batch_size * flags.accumulate * job["context"]
     announce(flags, job, per_step)
     forward = torch.compile(job["model"]) if flags.compile else job["model"]
-    log = Log(flags.out, asdict(flags), state["step"] if saved else None, job["device"])
+    log = lambda **record: None
+    if fsdp.rank() == 0:
+        log = Log(flags.out, asdict(flags), state["step"] if saved else None, job["device"]).write
     last = min(flags.steps, state["step"] + (flags.sitting or flags.steps))
     stop, before = [], signal.getsignal(signal.SIGINT)
 
@@ -376,8 +430,9 @@ def train(flags):
     try:
         if not saved:
             checkpoint(job, flags, log)
-        with tqdm(initial=state["step"], total=flags.steps, disable=None, mininterval=1) as bar:
-            while state["step"] < last and not stop:
+        hide = True if fsdp.rank() else None  # None: where the output is no terminal
+        with tqdm(initial=state["step"], total=flags.steps, disable=hide, mininterval=1) as bar:
+            while state["step"] < last and not fsdp.mean([len(stop)])[0]:
                 began = time.time()
                 line = step_once(job, flags, forward)
                 state["step"] += 1
@@ -387,32 +442,44 @@ def train(flags):
                     print_step(flags, job, line, per_step / (time.time() - began), log)
                 if state["step"] % flags.eval_every == 0 or state["step"] == flags.steps:
                     checkpoint(job, flags, log)
-                elif stop or at_end:
+                elif at_end:
                     save(job, flags)
                 bar.update()
+            if state["step"] < last:
+                save(job, flags)
     finally:
         signal.signal(signal.SIGINT, before)
     if state["step"] < flags.steps:
         print(f"saved step {state['step']} of {flags.steps}; go on with: "
               f"python train.py --resume {flags.out}")
         sys.exit(130 if stop else 0)
-    path = write_results(flags.out, started, job["device"], **report(job, flags, per_step))
-    print("wrote", path, *(os.path.join(flags.out, f) for f in FIGURES if flags.sparse))
+    if flags.fsdp and not flags.lora:
+        export(job, flags, os.path.join(flags.out, "last.pt"))  # the final weights in one file
+    results = report(job, flags, per_step)
+    if fsdp.rank() == 0:
+        path = write_results(flags.out, started, job["device"], **results)
+        print("wrote", path, *(os.path.join(flags.out, f) for f in FIGURES if flags.sparse))
+
+
+def last_of(folder):
+    """The checkpoint to go on from in an --out folder, or None."""
+    return fsdp.newest(os.path.join(folder, "last"))
 
 
 def load_run(given):
     """(flags, contents of last.pt) of a stopped run. Other flags than the run's own: ValueError."""
-    path = os.path.join(given.resume, "last.pt")
-    if not os.path.exists(path):
+    path = last_of(given.resume)
+    if path is None:
         raise ValueError(f"--resume {given.resume}: there is no last.pt in it to go on from")
-    saved = read_pickle(path)
-    if not isinstance(saved, dict) or not {"flags", "optimizer", "geco", "state"} <= saved.keys():
+    saved = fsdp.read(path)
+    if not isinstance(saved, dict) or not {"flags", "geco", "state"} <= saved.keys():
         raise ValueError(f"{path} is no checkpoint of a training run")
-    free = ("out", "device", "threads", "log_every", "compile", "control")  # at most rounding
+    free = ("out", "device", "threads", "log_every", "compile", "control", "fsdp",
+            "recompute")  # at most rounding
     default, flags = asdict(Flags(init=given.init)), saved["flags"]
     if flags.keys() != default.keys():
         raise ValueError(f"{path} was written by another version of train.py")
-    flags |= {"resume": given.resume, "sitting": given.sitting}
+    flags |= {"resume": given.resume, "sitting": given.sitting, "fsdp": given.fsdp}
     for name, value in asdict(given).items():
         if value not in (default[name], flags[name]) and name not in free:
             raise ValueError(f"--{name.replace('_', '-')} {value}: the run in {given.resume} has "
@@ -426,8 +493,12 @@ def announce(flags, job, per_step):
     """What will happen and the numbers to expect."""
     config, state = job["model"].config, job["state"]
     n = sum(p.numel() for p in job["model"].parameters())
-    print(f"{flags.init}: {n / 1e6:.1f}M parameters, {config.n_layer} layers x {config.n_head} "
-          f"heads, on {job['device']}; {flags.steps} steps of {per_step:,} tokens, context {job['context']}")
+    trained = sum(p.numel() for p in job["model"].parameters() if p.requires_grad)
+    print(f"{flags.init}: {n / 1e6:.1f}M parameters"
+          + (f", {trained / 1e6:.2f}M of them in adapters and trained" if flags.lora else "")
+          + f", {config.n_layer} layers x {config.n_head} heads, on {job['device']}"
+          + (f", {fsdp.world()} ranks" if flags.fsdp else "")
+          + f"; {flags.steps} steps of {per_step:,} tokens, context {job['context']}")
     fresh = f", ln({config.vocab_size}) = {math.log(config.vocab_size):.4f} expected"
     print(f"held-out CE at the start, dense: {state['ce_dense']['val']:.4f} nats"
           + (fresh if flags.init == "scratch" else ""))
@@ -439,7 +510,7 @@ def print_step(flags, job, line, rate, log):
     """The line of a step, on screen and in log.jsonl; rate in tokens/s."""
     geco, state = job["geco"], job["state"]
     name = torch.cuda.get_device_name() if job["device"] == "cuda" else ""
-    peak = next((flops for key, flops in PEAKS.items() if key in name), None)
+    peak = next((flops * fsdp.world() for key, flops in PEAKS.items() if key in name), None)
     mfu = rate * flops_per_token(job["model"], job["context"]) / peak if peak else None
     record = {"step": state["step"], **line, "tokens_per_second": round(rate), "mfu": mfu}
     text = f"step {state['step']:6} | CE {line['ce']:.4f}"
@@ -449,7 +520,7 @@ def print_step(flags, job, line, rate, log):
         text += f" | open {line['open']:7.2%}"
     text += f" | lr {line['lr']:.1e} | norm {line['norm']:5.2f} | {rate:,.0f} tok/s"
     tqdm.write(text + (f" | MFU {mfu:.1%}" if mfu else ""))
-    log.write(**record)
+    log(**record)
 
 
 def report(job, flags, per_step):
@@ -466,19 +537,17 @@ def report(job, flags, per_step):
         print(f"test CE: {results['ce_dense']:.4f} at the start, {ce:.4f} now")
         return results | {"ce": ce, "ce_val": state["trace"][-1]["val_ce"]}
     results |= {"tau": state["tau"], "ce_last": ce, "open_frac_last": share.mean().item()}
-    best_step = None
-    if state["best"]:
-        path = os.path.join(flags.out, "best.pt")
-        best = Transformer.from_pretrained(path).to(job["device"])
-        best_step = read_pickle(path)["step"]
+    best = state["best"]
+    if best:
+        path = best_file(flags)
+        fsdp.put(job["model"], read_safetensors(path) if flags.lora else read_pickle(path)["model"])
     else:
         print("no state met the bound: the last one is reported; more --steps or --slack may help")
-        best = job["model"]
-    ce, share = measure(best)
+    ce, share = measure(job["model"])
     opened = share.mean().item()
-    results |= {"ce_sparse": ce, "ce_sparse_sampled": measure(best, sampled=True)[0],
+    results |= {"ce_sparse": ce, "ce_sparse_sampled": measure(job["model"], sampled=True)[0],
                 "open_frac": opened, "open_edges_per_query": edges_per_query(opened, context),
-                "best_step": best_step, "heads": share.tolist()}
+                "best_step": best and best["step"], "heads": share.tolist()}
     print(f"test CE: dense {results['ce_dense']:.4f}, sparse {ce:.4f}; open edges {opened:.2%}, "
           f"{results['open_edges_per_query']:.2f} a query and head at context {context}")
     if flags.control:
@@ -496,8 +565,9 @@ def read_control(flags):
     except (OSError, ValueError, KeyError):
         raise ValueError(f"--control {flags.control}: no results.json of a finished --no-sparse "
                          "run is in it") from None
-    for name in ("init", "data", "steps", "batch_size", "accumulate", "context", "lr", "warmup",
-                 "weight_decay", "clip", "seed"):
+    theirs = asdict(Flags()) | theirs  # runs from before a flag was there have its default
+    for name in ("init", "adapter", "data", "lora", "lora_mlp", "steps", "batch_size", "accumulate",
+                 "context", "lr", "warmup", "weight_decay", "clip", "seed"):
         if theirs[name] != getattr(flags, name):
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"--control {flags.control} had {flag} {theirs[name]}, not "
@@ -591,6 +661,20 @@ def benchmark(flags):
 
 def main(flags):
     flags.out = flags.out or flags.resume or default_out(flags)
+    if flags.dry_run:
+        return plan.show(flags)
+    if not flags.fsdp:
+        return work(flags)
+    failed = (f"this rank ends because another one has failed; the last checkpoint is in {flags.out}: "
+              f"go on with torchrun ... train.py --fsdp --resume {flags.out}")
+    with fsdp.process_group(pick_device(flags)[0], failed):
+        if flags.batch_size % fsdp.world():
+            raise ValueError(f"--batch-size {flags.batch_size} is over all ranks and must be a multiple "
+                             f"of their number, {fsdp.world()}")
+        work(flags)
+
+
+def work(flags):
     if flags.benchmark:
         return benchmark(flags)
     if flags.control and flags.sparse and not flags.resume:
@@ -599,9 +683,9 @@ def main(flags):
         print("from scratch: first a dense base, then its sparse post-training; "
               "as it comes, about 5 minutes on 2 cores")
         base = os.path.join(flags.out, "dense")
-        begun = base if os.path.exists(os.path.join(base, "last.pt")) else None
         train(changed(flags, sparse=False, steps=flags.dense_steps, lr=flags.dense_lr, out=base,
-                      resume=begun, distill=0.0, overfit=False, control=None))
+                      resume=base if last_of(base) else None, distill=0.0, overfit=False, control=None))
+        fsdp.wait()  # for rank 0's file
         flags = changed(flags, init=os.path.join(base, "last.pt"))
     train(flags)
 

@@ -58,6 +58,8 @@ def run(main, flags, doc=None):
     try:
         main(parse(flags, doc=doc))
     except (ValueError, OSError) as error:
+        if os.environ.get("RANK", "0") != "0":  # of torchrun: rank 0 mostly says the same, and
+            time.sleep(3)  # then this rank is ended before it does
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, torch.OutOfMemoryError):

@@ -1,0 +1,206 @@
+"""Training on several processes: torchrun --nproc-per-node N train.py --fsdp (torch's FSDP2).
+
+Every parameter, gradient and optimizer state is cut over the ranks; a block's parameters are
+gathered just before it runs. What is here works without a process group too, as one rank of one.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import threading
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     get_state_dict, set_model_state_dict,
+                                                     set_state_dict)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
+
+from plumbing.hub import read_pickle, write_pickle
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def process_group(device, on_failure):
+    """Join the other ranks of torchrun; only rank 0 prints. Yields the device of this rank.
+
+    on_failure: what to tell the user when another rank has failed, which ends this one too.
+    """
+    if "RANK" not in os.environ:
+        raise ValueError("--fsdp needs one process a GPU: start it as torchrun --nproc-per-node N "
+                         "train.py --fsdp ...")
+    local = int(os.environ["LOCAL_RANK"])
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, but this machine has "
+                             f"{torch.cuda.device_count()} GPUs: lower --nproc-per-node")
+        torch.cuda.set_device(local)
+    leaving = threading.Event()
+    watch_for_the_end(on_failure, leaving)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        yield device
+    except (ValueError, OSError):
+        leaving.set()
+        raise
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "onnection" in str(error):  # the latter is gloo's
+            leaving.set()
+            raise OSError(on_failure) from None
+        raise
+    dist.destroy_process_group()
+
+
+def watch_for_the_end(message, leaving):
+    """When one rank fails torchrun sends SIGTERM to the others, who hang in wait of it: a thread
+    answers the signal, with the message if this rank is not `leaving` with one of its own."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait():
+        signal.sigwait({signal.SIGTERM})
+        if not leaving.is_set():
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def wait():
+    """For all ranks to come here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def first_on_each_machine(work):
+    """work() on one rank of each machine, then on the others, who find its downloads in place."""
+    first = world() == 1 or os.environ["LOCAL_RANK"] == "0"
+    result = work() if first else None
+    wait()
+    return result if first else work()
+
+
+def total(values):
+    """The sums over the ranks of some numbers, the same floats on every rank."""
+    values = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    if world() > 1:
+        dist.all_reduce(values)  # of a CPU tensor: gloo, also where the model is on GPUs
+    return values.tolist()
+
+
+def mean(values):
+    return [value / world() for value in total(values)]
+
+
+def shard(model, weights, device, half=False):
+    """Cut a model on the meta device over the ranks and load it: each reads only its own slices.
+
+    weights {name: tensor}, whole, and the same on all ranks. half: blocks compute in bfloat16
+    (the gates in float32), parameters and the sums of gradients stay as they are.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None,
+                                  reduce_dtype=torch.float32 if half else None,
+                                  cast_forward_inputs=False)  # RoPE's angles stay float32
+    mesh = dist.init_device_mesh(device, (world(),))
+    for block in model.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # embeddings, norm, head
+    state = {}
+    for name, p in model.named_parameters():  # a tied head comes once
+        whole = weights[name].to(p.dtype)
+        part = distribute_tensor(whole.to(device), mesh, p.placements, src_data_rank=None)
+        state[name] = torch.nn.Parameter(part, requires_grad=p.requires_grad)
+    if model.config.tied_head:
+        state["lm_head.weight"] = state["wte.weight"]
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+# -----------------------------------------------------------------------------
+# checkpoints: one file of one process, or a folder with a file of each rank. Both load on any
+# number of ranks.
+
+
+def states(model, optimizer, trained_only, whole):
+    """(model's, optimizer's) state dicts; whole: of full tensors, on the CPU of rank 0 alone."""
+    weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(
+        full_state_dict=whole, cpu_offload=whole, ignore_frozen_params=trained_only))
+    return without_frozen(model, weights) if trained_only else weights, moments
+
+
+def whole_model(model, trained_only=False):
+    """{name: whole tensor on the CPU} on rank 0, nothing elsewhere; all ranks must call it."""
+    weights = get_model_state_dict(model, options=StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only))
+    return without_frozen(model, weights) if trained_only else weights
+
+
+def without_frozen(model, weights):
+    """torch leaves out frozen parameters, but a tied head by its first name only."""
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: t for name, t in weights.items() if name not in frozen}
+
+
+def save(path, model, optimizer, trained_only, sharded, **plain):
+    """Model, optimizer and plain data as the folder `path`, if sharded, or else the file path.pt.
+
+    The whole of it is there, or what was there before.
+    """
+    model, optimizer = states(model, optimizer, trained_only, whole=not sharded)
+    parts = {"model": model, "optimizer": optimizer}
+    if not sharded:
+        write_pickle(path + ".pt", plain | parts)
+        shutil.rmtree(path, ignore_errors=True)  # of an earlier, sharded part of the run
+        return
+    fresh, old = f"{path}.new", f"{path}.old"
+    dcp.save(parts, checkpoint_id=fresh)
+    if rank() == 0:
+        write_pickle(os.path.join(fresh, "plain.pt"), plain)
+        shutil.rmtree(old, ignore_errors=True)
+        if os.path.exists(path):
+            os.rename(path, old)
+        os.rename(fresh, path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def newest(path):
+    """What `save` left at `path`: the folder, the one before if it was stopped in between, or the file."""
+    return next(filter(os.path.exists, (path, f"{path}.old", f"{path}.pt")), None)
+
+
+def read(path):
+    """The plain data of a folder of `save`, or all that is in a file."""
+    if os.path.isdir(path):
+        return read_pickle(os.path.join(path, "plain.pt")) | {"folder": path}
+    return read_pickle(path)
+
+
+def load(saved, model, optimizer, trained_only):
+    """Put what `read` returned into the model and its optimizer."""
+    if "folder" in saved:
+        options = StateDictOptions(ignore_frozen_params=trained_only, strict=not trained_only)
+        parts = dict(zip(("model", "optimizer"), states(model, optimizer, trained_only, whole=False)))
+        dcp.load(parts, checkpoint_id=saved["folder"])
+    else:
+        options = StateDictOptions(full_state_dict=True, ignore_frozen_params=trained_only,
+                                   strict=not trained_only)
+        parts = saved
+    set_state_dict(model, optimizer, model_state_dict=parts["model"],
+                   optim_state_dict=parts["optimizer"], options=options)
+
+
+def put(model, weights):
+    """Whole tensors, or some of them, into a model that may be sharded."""
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
