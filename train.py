@@ -20,6 +20,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
 import sys
@@ -175,7 +176,7 @@ def build(flags, config, weights, device, half):
 
 
 def load_data(flags, config):
-    """(context, training Blocks, {"val", "test"}: fixed (idx, targets)) for this model."""
+    """(context, tokenizer, training Blocks, {"val", "test"}: fixed (idx, targets)) for this model."""
     name = tokens.name_for(config.vocab_size, flags.tokenizer, flags.init)
     context = flags.context or min(1024, config.block_size)
     if not 1 <= context <= config.block_size:
@@ -184,7 +185,7 @@ def load_data(flags, config):
     data = fsdp.first_on_each_machine(lambda: tokens.load_data(source, name, flags.shards))
     fixed = {split: tokens.fixed_blocks(data[split], context, flags.eval_sequences)
              for split in ("val", "test")}
-    return context, tokens.Blocks(data["train"], context, flags.seed), fixed
+    return context, name, tokens.Blocks(data["train"], context, flags.seed), fixed
 
 
 def make_optimizer(model, flags):
@@ -267,7 +268,7 @@ def start(flags, saved=None):
     device, half, amp = pick_device(flags)
     config, weights = read_init(flags)
     config = gated_config(flags, config)
-    context, blocks, fixed = load_data(flags, config)
+    context, tokenizer, blocks, fixed = load_data(flags, config)
     base = lora.fingerprint(weights) if flags.lora else None
     model = build(flags, config, weights, device, half)
     teacher = None
@@ -292,7 +293,7 @@ def start(flags, saved=None):
     if saved:
         fsdp.load(saved, model, optimizer, trained_only=flags.lora > 0)
         geco.load_state_dict(saved["geco"])
-    return {"device": device, "amp": amp, "context": context, "blocks": blocks, "fixed": fixed,
+    return {"device": device, "amp": amp, "context": context, "blocks": blocks, "fixed": fixed, "tokenizer": tokenizer,
             "teacher": teacher, "base": base, "model": model, "state": state,
             "optimizer": optimizer, "geco": geco}
 
@@ -413,6 +414,8 @@ def train(flags):
     job = start(flags, saved)
     for path in [] if saved or fsdp.rank() else filter(os.path.exists, old):
         os.remove(path)  # of a finished run in the same folder
+    if fsdp.rank() == 0 and job["tokenizer"].endswith(".json") and not saved:
+        shutil.copy(job["tokenizer"], flags.out)  # the checkpoints' own
     state, per_step = job["state"], flags.batch_size * flags.accumulate * job["context"]
     announce(flags, job, per_step)
     forward = torch.compile(job["model"]) if flags.compile else job["model"]
@@ -694,7 +697,7 @@ def default_out(flags):
     """out/NAME of the init, a checkpoint by its folder; the dense control beside it."""
     path = os.path.abspath(flags.init) if os.path.isfile(flags.init) else flags.init.rstrip("/")
     name = os.path.basename(os.path.dirname(path) if os.path.isfile(path) else path)
-    return os.path.join("out", name + ("" if flags.sparse else "-control"))
+    return os.path.join("out", name + "-dry-run" * flags.dry_run + "-control" * (not flags.sparse))
 
 
 if __name__ == "__main__":

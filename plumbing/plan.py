@@ -1,1 +1,138 @@
-def show(flags): pass
+"""What a run needs before it is paid for: python train.py --init meta-llama/Llama-3.2-1B --fsdp --dry-run
+
+Everything is counted on tensors that have shapes and no memory: the parameters of the real model,
+and what its forward pass keeps for the backward pass.
+"""
+
+import json
+import os
+import time
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from model import Config, Transformer, from_hugging_face, read_checkpoint
+from plumbing import hub, lora
+from plumbing.flags import open_folder, write_results
+
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}
+LLAMA = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072,
+         "num_key_value_heads": 8, "intermediate_size": 8192, "rms_norm_eps": 1e-5,
+         "rope_theta": 500000.0, "rope_scaling": LLAMA3, "tie_word_embeddings": True}
+GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
+KNOWN = {  # config.json of what needs no download
+    "meta-llama/Llama-3.2-1B": LLAMA | {"hidden_size": 2048, "num_hidden_layers": 16,
+                                        "num_attention_heads": 32},
+    "meta-llama/Llama-3.2-3B": LLAMA | {"hidden_size": 3072, "num_hidden_layers": 28,
+                                        "num_attention_heads": 24},
+    "gpt2": GPT2 | {"n_embd": 768, "n_layer": 12, "n_head": 12},
+    "gpt2-medium": GPT2 | {"n_embd": 1024, "n_layer": 24, "n_head": 16},
+    "gpt2-large": GPT2 | {"n_embd": 1280, "n_layer": 36, "n_head": 20},
+    "gpt2-xl": GPT2 | {"n_embd": 1600, "n_layer": 48, "n_head": 25},
+}
+
+
+def config_of(init, sparse=True):
+    """The Config of a known name, a local folder, a checkpoint, or a hub name, without weights."""
+    if init in KNOWN:
+        settings = KNOWN[init]
+    elif os.path.isfile(init):
+        return Config(**read_checkpoint(init)[0] | {"sparse": sparse})
+    else:
+        folder = init if os.path.isdir(init) else os.path.dirname(hub.download(init, "config.json"))
+        with open(os.path.join(folder, "config.json")) as f:
+            settings = json.load(f)
+    return Config(**from_hugging_face(init, settings, {})[0] | {"sparse": sparse})
+
+
+def meta_model(config):
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def saved_bytes(config, context, half):
+    """Bytes that autograd saves in one forward pass of one sequence, each storage once."""
+    with FakeTensorMode(allow_non_fake_inputs=True):  # constants of the code
+        torch.set_default_dtype(torch.bfloat16 if half else torch.float32)
+        model, held = Transformer(config), {}
+        torch.set_default_dtype(torch.float32)
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+        def keep(t):
+            held[t.untyped_storage()._cdata] = t
+            return t
+
+        idx = torch.zeros(1, context, dtype=torch.int64)
+        with saved_tensors_hooks(keep, lambda t: t):
+            model(idx, targets=idx, seed=0)
+        return sum(t.untyped_storage().nbytes() for key, t in held.items() if key not in own)
+
+
+def activation_bytes(config, context, half=False):
+    """Peak bytes a sequence, beyond weights and gradients, of a forward and backward pass:
+    (as it is, with --recompute).
+
+    What autograd saves, as found on one layer and on two, and at the end of the forward pass the
+    logits and two gradients of their float32 form. With --recompute every block keeps its input, and
+    the one that runs again all of its own.
+    """
+    one, two = (saved_bytes(Config(**vars(config) | {"n_layer": n}), context, half) for n in (1, 2))
+    width = 2 if half else 4  # bytes a number
+    end = context * config.vocab_size * (width + 2 * 4)
+    return [one + (config.n_layer - 1) * layer + end
+            for layer in (two - one, context * config.n_embd * width)]
+
+
+def memory(config, flags, world, half, per_sequence):
+    """Bytes on each of `world` ranks, by purpose, of train.py's FSDP run."""
+    model = meta_model(config)
+    n = trained = sum(p.numel() for p in model.parameters())
+    block = sum(p.numel() for p in model.h[0].parameters())
+    if flags.lora:
+        with torch.device("meta"):
+            trained = sum(t.numel() for t in lora.add(model, flags.lora, flags.lora_mlp).values())
+    width = 2 if half else 4  # bytes a number, where the blocks compute
+    root = n - config.n_layer * block
+    batch = max(1, flags.batch_size // world)
+    return {
+        "weights": 4 * n // world,
+        "gradients": 4 * trained // world,
+        "optimizer": 8 * trained // world,
+        # the root, one block and the next; the gradients of the root and of one block
+        "gathered": width * (root + 2 * block + (root + block if trained == n else 0)),
+        "activations": batch * per_sequence[0],
+        "activations_recompute": batch * per_sequence[1],
+        "batch": batch, "parameters": n, "trained": trained}
+
+
+def show(flags):
+    """Print, and write to --out, the memory per rank on 1, 2, 4 and 8 ranks."""
+    started = time.time()
+    if flags.init == "scratch":
+        raise ValueError("--dry-run needs an --init: a hub name, a folder or a checkpoint")
+    config, half = config_of(flags.init, flags.sparse), flags.dtype != "float32"
+    context = flags.context or min(1024, config.block_size)
+    per_sequence = activation_bytes(config, context, half)
+    rows = {world: memory(config, flags, world, half, per_sequence) for world in (1, 2, 4, 8)}
+    first, gib = rows[1], 2**30
+    print(f"{flags.init}: {first['parameters']:,} parameters, {first['trained']:,} trained; "
+          f"{config.n_layer} layers, {config.n_head} heads ({config.n_kv_head} key-value heads) of "
+          f"{config.head_size}, width {config.n_embd}, vocabulary {config.vocab_size:,}")
+    print(f"sharding: each of the {config.n_layer} blocks, then embeddings, last norm and head together; "
+          f"parameters and AdamW float32, blocks compute in {'bfloat16' if half else 'float32'}, "
+          "gates and gradient sums in float32")
+    print(f"--batch-size {flags.batch_size} over all ranks, context {context}\n\nGiB per rank")
+    parts = ("weights", "gradients", "optimizer", "gathered", "activations", "activations_recompute")
+    titles = ("weights", "gradients", "optimizer", "gathered", "activations", "recomputed")
+    print("".join(f"{title:>13}" for title in ("ranks", *titles, "sum", "recomp. sum")))
+    for world, row in rows.items():
+        fixed = sum(row[part] for part in parts[:4])
+        row["total"], row["total_recompute"] = fixed + row[parts[4]], fixed + row[parts[5]]
+        figures = [row[part] / gib for part in (*parts, "total", "total_recompute")]
+        print(f"{world:13}" + "".join(f"{figure:13.2f}" for figure in figures))
+    print("\nrecomputed: with --recompute. The allocator and the collectives take some more.")
+    open_folder(flags.out)
+    print("wrote", write_results(flags.out, started, init=flags.init, context_length=context,
+                                 batch_size=flags.batch_size, bytes_per_rank=rows))
