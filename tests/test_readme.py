@@ -98,3 +98,13 @@ def test_the_step_cost_is_the_result_file():
     assert (f"{rates['dense']:,.0f} tokens/s dense, {rates['sparse']:,.0f} sparse, "
             f"ratio {cost['sparse_over_dense']:.2f}") in README
     assert cost["sparse_over_dense"] >= 0.7
+
+
+def test_the_table_of_ranks_is_the_dry_run():
+    plan = results("dry_run")
+    for ranks, row in plan["bytes_per_rank"].items():
+        cells = [f"{row[part] / 2**30:.1f}" for part in (
+            "weights", "gradients", "optimizer", "gathered", "activations", "activations_recompute",
+            "total", "total_recompute")]
+        assert f"| {ranks} | {' | '.join(cells)} |" in README
+    assert f"{plan['bytes_per_rank']['1']['parameters']:,}" in README
