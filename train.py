@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from tqdm import tqdm
 
 from geco import GECO
@@ -601,7 +602,7 @@ def draw(job, flags):
                   color="tab:orange", label="best state")
     axis.set(xscale="log", xlabel=f"open attention edges (%), context {job['context']}",
              ylabel="held-out CE (nats a token)")
-    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
     axis.invert_xaxis()
     axis.legend(fontsize=9)
     save_figure(figure, os.path.join(flags.out, FIGURES[0]))
@@ -625,10 +626,10 @@ def draw(job, flags):
     axes[0].set(xlabel="step", ylabel="held-out CE (nats a token)")
     axes[1].plot(steps, opened)
     axes[1].set(xlabel="step", ylabel="open attention edges (%)", yscale="log")
-    axes[1].yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
     axes[2].plot(steps, [p["lambda"] for p in trace])
     axes[2].set(xlabel="step", ylabel="multiplier $\\lambda$", yscale="log")
-    axes[2].yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+    axes[2].yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
     save_figure(figure, os.path.join(flags.out, FIGURES[2]))
 
 

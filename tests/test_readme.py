@@ -108,3 +108,10 @@ def test_the_table_of_ranks_is_the_dry_run():
             "total", "total_recompute")]
         assert f"| {ranks} | {' | '.join(cells)} |" in README
     assert f"{plan['bytes_per_rank']['1']['parameters']:,}" in README
+
+
+def test_the_smollm2_run_is_the_result_file():
+    r = results("smollm2")
+    for text in (f"{r['tokens']:,} tokens", f"{r['open_frac']:.1%} of the edges",
+                 f"{r['ce_sparse']:.3f} nats", f"the dense model has {r['ce_dense']:.3f}"):
+        assert text in README, text
