@@ -658,9 +658,10 @@ def benchmark(flags):
     print(f"tokens/s: dense {median['dense']:,.0f}, sparse {median['sparse']:,.0f}, "
           f"ratio {ratio:.2f}")
     job = runs["sparse"]
-    print("wrote", write_results(flags.out, started, job["device"], tokens_per_second=median,
-                                 sparse_over_dense=ratio, context_length=job["context"],
-                                 config=asdict(job["model"].config)))
+    if fsdp.rank() == 0:
+        print("wrote", write_results(flags.out, started, job["device"], tokens_per_second=median,
+                                     sparse_over_dense=ratio, context_length=job["context"],
+                                     config=asdict(job["model"].config)))
 
 
 def main(flags):
