@@ -1,0 +1,856 @@
+"""
+Which heads and edges does a model need for a task? Dense beside sparse.
+
+    python patching.py --dense BASE --sparse CHECKPOINT --task ioi --n 100 --out out/ioi
+    python patching.py --dense BASE --sparse BASE --adapter FILE --task greater-than --fast
+
+A circuit is a subgraph of the residual stream's graph: the embedding, every head and every MLP write
+to it, and every head (by q, k and v), every MLP and the logits read from it. A prompt that the model
+can do (clean) is run beside one that it can not (corrupt); an edge u -> v counts by what happens to the
+metric when v alone reads u's corrupt value. Estimated for all edges at a time by one gradient (EAP,
+arXiv 2310.10348; with ig_steps EAP-IG, arXiv 2403.17806), and checked by running the circuit: all
+edges outside of it carry corrupt values. Gates are deterministic throughout.
+"""
+
+import csv
+import json
+import os
+import time
+from collections import namedtuple
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from model import Transformer, rope_frequencies, rotate
+from plumbing import tasks, tokens
+from plumbing.flags import open_folder, replace, run, save_figure, write_results
+from sparse import allowed_pairs, gate_map
+
+# -----------------------------------------------------------------------------
+# the graph
+
+
+class Graph:
+    """Sources and destinations of the residual stream, and which pairs are edges.
+
+    sources: input, a0.h0, ..., m0, ...; destinations: a0.h0<q>, a0.h0<k>, a0.h0<v>, ..., m0, ...,
+    logits. Under grouped queries k and v are read once a group: a0.g0<k>. qkv="merged": one
+    destination a head or group. edges: bool (n_sources, n_destinations): written before it is read.
+    """
+
+    def __init__(self, config, qkv="split"):
+        if qkv not in ("split", "merged"):
+            raise ValueError(f"qkv must be split or merged, got {qkv!r}")
+        self.config, self.qkv = config, qkv
+        L, H, G = config.n_layer, config.n_head, config.n_kv_head
+        group = "h" if G == H else "g"
+        letters = [("q", "h", H), ("k", group, G), ("v", group, G)]
+        if qkv == "merged":
+            letters = [("", group, G)]
+        self.sources, self.destinations, written, read = ["input"], [], [0], []
+        self.columns = []  # of each layer: {letter: slice of destinations}, "m": the MLP's
+        for l in range(L):
+            self.sources += [f"a{l}.h{h}" for h in range(H)] + [f"m{l}"]
+            written += [2 * l + 1] * H + [2 * l + 2]
+            self.columns.append({})
+            names = [[f"a{l}.{kind}{n}" + f"<{letter}>" * bool(letter) for n in range(count)]
+                     for letter, kind, count in letters]
+            if H == G:  # q, k and v of one head beside each other
+                step, order = len(names), [name for head in zip(*names) for name in head]
+            else:
+                step, order = 1, sum(names, [])
+            for (letter, _, count), own in zip(letters, names):
+                begin = len(self.destinations) + order.index(own[0])
+                self.columns[l][letter] = slice(begin, begin + step * count, step)
+            self.destinations += order
+            read += [2 * l + 1] * len(order)
+            self.columns[l]["m"] = len(self.destinations)
+            self.destinations.append(f"m{l}")
+            read.append(2 * l + 2)
+        self.destinations.append("logits")
+        self.edges = torch.tensor(written)[:, None] < torch.tensor(read + [2 * L + 1])
+
+    def __len__(self):
+        return int(self.edges.sum())
+
+    def before(self, l, mlp=False):
+        """How many sources are written before layer l's heads, or its MLP, read."""
+        return 1 + l * (self.config.n_head + 1) + self.config.n_head * mlp
+
+    def readers(self, source):
+        """Columns by which a source's own node reads; none for the input."""
+        if source == "input":
+            return []
+        if source[0] == "m":
+            return [self.destinations.index(source)]
+        l, h = (int(part[1:]) for part in source.split("."))
+        g = h * self.config.n_kv_head // self.config.n_head
+        return [columns.start + columns.step * (h if letter == "q" else g)
+                for letter, columns in self.columns[l].items() if letter != "m"]
+
+    def prune(self, edges):
+        """Without edges from nodes that read nothing, and to nodes that reach no logits."""
+        edges = edges & self.edges
+        readers = [self.readers(source) for source in self.sources]
+        while True:
+            read = edges.any(0)
+            feeds = torch.zeros(len(self.destinations), dtype=torch.bool)
+            feeds[-1] = True
+            for source, columns in enumerate(readers):
+                if source > 0 and not read[columns].any():
+                    edges[source] = False
+                if edges[source].any():
+                    feeds[columns] = True
+            kept = edges & feeds
+            if torch.equal(kept, edges) and torch.equal(kept.any(0), read):
+                return kept
+            edges = kept
+
+    def nodes(self, edges):
+        """(heads, MLPs) that write into these edges."""
+        names = [name for name, kept in zip(self.sources, edges.any(1)) if kept]
+        return sum(name[0] == "a" for name in names), sum(name[0] == "m" for name in names)
+
+
+# -----------------------------------------------------------------------------
+# one run of the model, and what flows in it
+
+# z: per layer (N, T, H, D), the heads' outputs before W_O; m: per layer (N, T, C), the MLPs' outputs;
+# embed (N, T, C); seen: {tap name: tensor} of the rest; logits (N, T, vocab)
+Run = namedtuple("Run", "embed z m seen logits")
+
+
+def observe(model, idx, embed=None, held=False):
+    """A Run. embed replaces the embedding. held: gradients flow, with the gates held as they are.
+
+    The model's own gradient of a deterministic gate is a surrogate (straight-through); a gate that
+    is held has slope 0, the true derivative wherever there is one.
+    """
+    config, seen = model.config, {}
+
+    def tap(name, t):
+        if name == "embed" and embed is not None:
+            t = embed
+        if held and name == "embed":
+            t = t.detach().requires_grad_()
+        if held and name.endswith(("mlp.in", "attn.in", "final")):
+            t = t.clone()  # its gradient is that of reading, without the residual stream's
+        if held and config.sparse and name.endswith(".z"):
+            q, k, v = (seen[name[:-1] + x] for x in "qkv")
+            t = torch.utils.checkpoint.checkpoint(attend, model, q, k, v, use_reentrant=False)[0]
+        seen[name] = t
+        return t
+
+    with torch.set_grad_enabled(held):
+        logits = model(idx, tap=tap)[0]
+    layers = range(config.n_layer)
+    return Run(seen["embed"], [seen[f"h{l}.attn.z"] for l in layers],
+               [seen[f"h{l}.mlp.out"] for l in layers], seen, logits)
+
+
+def attend(model, q, k, v):
+    """(z (N, T, H, D), A a (N, H, T, T)) of q, k, v (N, T, heads, D) as taps see them; gates held."""
+    config, T = model.config, q.shape[1]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if config.position == "rope":
+        q, k = (rotate(x, rope_angles(model, T)) for x in (q, k))
+    A = allowed_pairs(T, config.causal, q.device)
+    if config.sparse:
+        A = gate_map(q, k, config.gate_bias, causal=config.causal)
+    k, v = (x.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for x in (k, v))
+    s = q @ k.mT / config.head_size**0.5
+    s = s.masked_fill(~allowed_pairs(T, config.causal, q.device), -torch.inf)
+    weights = A * s.softmax(-1)
+    return (weights @ v).transpose(1, 2), weights
+
+
+def rope_angles(model, T):
+    device = model.wte.weight.device
+    return torch.arange(T, device=device)[:, None] * rope_frequencies(model.config).to(device)
+
+
+def written(model, run):
+    """Each source's contribution to the residual stream: (n_sources, N, T, C)."""
+    parts = [run.embed[None]]
+    for block, z, m in zip(model.h, run.z, run.m):
+        W = block.attn.c_proj.weight.unflatten(1, z.shape[2:])  # (C, H, D)
+        parts += [torch.einsum("nthd,chd->hntc", z, W), m[None]]
+    return torch.cat(parts)
+
+
+def norm_backward(norm, x, g):
+    """Gradients g (..., C) of a norm's output, taken back to its input x (..., C)."""
+    eps = norm.eps
+    if isinstance(norm, torch.nn.LayerNorm):
+        x = x - x.mean(-1, keepdim=True)
+    scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    x, g = x * scale, g * norm.weight
+    out = g - x * (g * x).mean(-1, keepdim=True)
+    if isinstance(norm, torch.nn.LayerNorm):
+        out = out - g.mean(-1, keepdim=True)
+    return out * scale
+
+
+# -----------------------------------------------------------------------------
+# attribution
+
+
+def edge_attribution(model, clean, corrupt, metric, qkv="split", ig_steps=0):
+    """EAP: for every edge the estimate of metric(edge corrupted) - metric(clean), (S, V) float32.
+
+    clean, corrupt (N, T) int64; metric(logits (N, T, vocab)) -> (N,). Returns the mean over the N
+    prompts and the Graph. s(u -> v) = (a_u^corrupt - a_u^clean) . dM/dx_v at the clean run, gates
+    held; with ig_steps = m, dM/dx_v is the mean over m inputs between corrupt and clean (midpoints).
+    """
+    scores, graph = edge_scores(model, clean, corrupt, metric, qkv, ig_steps)
+    return scores.mean(0), graph
+
+
+def edge_scores(model, clean, corrupt, metric, qkv="split", ig_steps=0):
+    """As edge_attribution, of each prompt: (N, S, V) float32, and the Graph."""
+    check_pair(model, clean, corrupt)
+    graph = Graph(model.config, qkv)
+    with torch.no_grad():
+        one, two = observe(model, clean), observe(model, corrupt)
+        change = written(model, two) - written(model, one)  # (S, N, T, C)
+    scores = torch.zeros(len(clean), *graph.edges.shape, dtype=change.dtype, device=change.device)
+    for k in range(max(1, ig_steps)):
+        share = (k + 0.5) / ig_steps if ig_steps else 1.0
+        run = observe(model, clean, two.embed + share * (one.embed - two.embed), held=True)
+        for columns, before, g in gradients(model, graph, run, metric):  # g (v, N, T, C)
+            scores[:, :before, columns] += torch.einsum("sntc,vntc->nsv", change[:before], g)
+    return scores.float() / max(1, ig_steps), graph
+
+
+def gradients(model, graph, run, metric):
+    """Yields (columns, sources before them, dM/dx_v (v, N, T, C)) of all destinations.
+
+    dM/dx of a head's q is the norm's backward of dM/dq W_q^T: no head needs a residual stream of its
+    own. A merged destination reads for all its letters, so their gradients add up.
+    """
+    config = model.config
+    names = [f"h{l}.{x}" for l in range(config.n_layer) for x in ("attn.q", "attn.k", "attn.v", "mlp.in")]
+    wanted = [run.seen[name] for name in [*names, "final"]]
+    grads = dict(zip([*names, "final"], torch.autograd.grad(metric(run.logits).sum(), wanted)))
+    with torch.no_grad():
+        for l, block in enumerate(model.h):
+            x, columns = run.seen[f"h{l}.attn.in"], graph.columns[l]
+            parts = {}
+            for letter, W in zip("qkv", block.attn.c_attn.weight.split(block.attn.sizes)):
+                g = grads[f"h{l}.attn.{letter}"]  # (N, T, heads, D)
+                g = torch.einsum("nthd,hdc->hntc", g, W.unflatten(0, g.shape[2:]))
+                parts[letter] = norm_backward(block.ln_1, x, g)
+            if graph.qkv == "merged":
+                parts["q"] = parts["q"].unflatten(0, (config.n_kv_head, -1)).sum(1)
+                parts = {"": parts["q"] + parts["k"] + parts["v"]}
+            for letter, g in parts.items():
+                yield columns[letter], graph.before(l), g
+            m = columns["m"]
+            yield slice(m, m + 1), graph.before(l, mlp=True), grads[f"h{l}.mlp.in"][None]
+        yield slice(-1, None), len(graph.sources), grads["final"][None]
+
+
+def node_scores(model, clean, corrupt, metric):
+    """(S,): (a_u^corrupt - a_u^clean) . dM/da_u, the mean over prompts, gates held.
+
+    Equals the sum of the source's outgoing edge scores.
+    """
+    check_pair(model, clean, corrupt)
+    with torch.no_grad():
+        two = observe(model, corrupt)
+    one = observe(model, clean, held=True)
+    mine, theirs = ([run.embed, *run.z, *run.m] for run in (one, two))
+    grads = torch.autograd.grad(metric(one.logits).sum(), mine)
+    with torch.no_grad():
+        change = [(g * (b - a)).flatten(1) if a.dim() == 3 else (g * (b - a)).transpose(1, 2).flatten(2)
+                  for a, b, g in zip(mine, theirs, grads)]  # (N, T C) or (N, H, T D)
+        embed, L = change[0].sum(-1).mean(0)[None], model.config.n_layer
+        heads = [c.sum(-1).mean(0) for c in change[1:1 + L]]
+        mlps = [c.sum(-1).mean(0)[None] for c in change[1 + L:]]
+    return torch.cat([embed, *(x for pair in zip(heads, mlps) for x in pair)]).float()
+
+
+def token_edges(model, clean, corrupt, metric):
+    """(N, n_layer, n_head, T, T): what each token-to-token edge j -> i of each head does to the metric.
+
+    s_ij = (m^corrupt - m^clean)_ij . dM/dresid_i with m_ij = A_ij a_ij v_j W_O. Exactly 0.0 where
+    the gate is shut in both runs: only pairs that are open in one of them are computed. The sum over
+    j is the head's score at position i.
+    """
+    check_pair(model, clean, corrupt)
+    one, two = observe(model, clean, held=True), observe(model, corrupt)
+    grads = torch.autograd.grad(metric(one.logits).sum(), one.z)
+    config, (N, T) = model.config, clean.shape
+    scores = torch.zeros(N, config.n_layer, config.n_head, T, T, dtype=one.logits.dtype, device=clean.device)
+    with torch.no_grad():
+        for l, g in enumerate(grads):  # g (N, T, H, D) = dM/dresid W_O^T
+            maps, values = [], []
+            for run in (one, two):
+                q, k, v = (run.seen[f"h{l}.attn.{x}"] for x in "qkv")
+                maps.append(attend(model, q, k, v)[1])
+                values.append(v.repeat_interleave(config.n_head // config.n_kv_head, dim=2))
+            n, h, i, j = ((maps[0] != 0) | (maps[1] != 0)).nonzero(as_tuple=True)
+            moved = [m[n, h, i, j, None] * v[n, j, h] for m, v in zip(maps, values)]
+            scores[n, l, h, i, j] = ((moved[1] - moved[0]) * g[n, i, h]).sum(-1)
+    return scores
+
+
+@torch.no_grad()
+def head_patching(model, clean, corrupt, metric):
+    """(N, n_layer, n_head): the metric after patching that head's clean z into the corrupt run."""
+    check_pair(model, clean, corrupt)
+    config, z, before = model.config, observe(model, clean).z, observe(model, corrupt).seen
+    values = torch.zeros(len(clean), config.n_layer, config.n_head)
+    angle = rope_angles(model, clean.shape[1]) if config.position == "rope" else None
+    for l in range(config.n_layer):
+        for h in range(config.n_head):
+
+            def tap(name, t):
+                if name == "attn.z":
+                    t = t.clone()
+                    t[:, :, h] = z[l][:, :, h]
+                return t
+
+            x = before[f"h{l}.attn.in"]  # nothing before this layer has changed
+            for n, block in enumerate(model.h[l:]):
+                x, _ = block(x, angle, None, (lambda name, t: t) if n else tap)
+            values[:, l, h] = metric(model.lm_head(model.ln_f(x))).cpu()
+    return values
+
+
+@torch.no_grad()
+def keep_heads(model, clean, corrupt, kept):
+    """Logits of the clean run in which all heads but kept (N, n_layer, n_head) give their corrupt z."""
+    z = observe(model, corrupt).z
+
+    def tap(name, t):
+        if name.endswith(".z"):
+            l = int(name[1:].split(".")[0])
+            t = torch.where(kept[:, None, l, :, None], t, z[l])
+        return t
+
+    return model(clean, tap=tap)[0]
+
+
+# -----------------------------------------------------------------------------
+# circuits
+
+
+@torch.no_grad()
+def patch_edges(model, graph, clean, corrupt, edges, ablation="resample"):
+    """Logits (N, T, vocab) of the clean run in which every edge outside of `edges` is ablated.
+
+    x_v = residual + sum over u not kept of (a_u^ablation - a_u^current): each destination reads a
+    residual stream of its own. edges: bool (S, V). ablation: "resample" takes a_u of the corrupt run,
+    "mean" its mean over the N prompts at each position, "zero" 0.
+    """
+    check_pair(model, clean, corrupt)
+    target = written(model, observe(model, corrupt))
+    target = {"resample": target, "mean": target.mean(1, keepdim=True), "zero": target * 0}[ablation]
+    config, seen = model.config, {}
+    moved = []  # a_u^ablation - a_u^current of the sources so far, (s, N, T, C) each
+    cut = (graph.edges & ~edges.cpu()).to(target)
+
+    def read(columns):
+        """What the destinations `columns` read beyond the residual stream: (v, N, T, C)."""
+        change = torch.cat(moved)
+        return torch.einsum("sntc,sv->vntc", change, cut[:len(change), columns])
+
+    def tap(name, t):
+        if name == "embed":
+            moved.append(target[:1] - t)
+        elif name == "final":
+            return t + read(slice(-1, None))[0]
+        if not name.startswith("h"):
+            return t
+        l, part = int(name[1:].split(".")[0]), name.split(".", 1)[1]
+        block, begin = model.h[l], graph.before(l)
+        if part == "attn.in":
+            seen["x"] = t
+        elif part in ("attn.q", "attn.k", "attn.v"):
+            which = "qkv".index(part[-1])
+            W = block.attn.c_attn.weight.split(block.attn.sizes)[which].unflatten(0, t.shape[2:])
+            change = read(graph.columns[l][part[-1] if graph.qkv == "split" else ""])
+            if graph.qkv == "merged" and part == "attn.q":
+                change = change.repeat_interleave(config.n_head // config.n_kv_head, dim=0)
+            t = torch.einsum("hntc,hdc->nthd", block.ln_1(seen["x"] + change), W)
+            if block.attn.c_attn.bias is not None:
+                t = t + block.attn.c_attn.bias.split(block.attn.sizes)[which].unflatten(0, t.shape[2:])
+        elif part == "attn.z":
+            W = block.attn.c_proj.weight.unflatten(1, t.shape[2:])
+            moved.append(target[begin:begin + config.n_head] - torch.einsum("nthd,chd->hntc", t, W))
+        elif part == "mlp.in":
+            t = t + read(slice(graph.columns[l]["m"], graph.columns[l]["m"] + 1))[0]
+        elif part == "mlp.out":
+            n = graph.before(l, mlp=True)
+            moved.append(target[n:n + 1] - t)
+        return t
+
+    return model(clean, tap=tap)[0]
+
+
+def circuit(graph, value, n):
+    """bool (S, V): the n edges of largest value, pruned to those between input and logits."""
+    flat = torch.where(graph.edges, value, -torch.inf).flatten()
+    edges = torch.zeros(graph.edges.numel(), dtype=torch.bool)
+    edges[flat.topk(n).indices] = True
+    return graph.prune(edges.view_as(graph.edges))
+
+
+def explained_effect(m, m_full, m_empty):
+    """(m - empty) / (full - empty), a ratio of means over sentences."""
+    return ((m.mean() - m_empty.mean()) / (m_full.mean() - m_empty.mean())).item()
+
+
+FRACTIONS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1)
+
+
+def cpr(f):
+    """(CPR, CMD) of explained effects at FRACTIONS of the edges: the areas of f and of |1 - f|."""
+    f, x = np.asarray(f, dtype=float), np.asarray(FRACTIONS)
+    return float(np.trapezoid(f, x)), float(np.trapezoid(abs(1 - f), x))
+
+
+def grid(total, per_decade):
+    """Numbers of edges, about per_decade a factor of ten, from 1 to all of them."""
+    exponents = np.arange(0, np.log10(total), 1 / per_decade)
+    return sorted({*(int(round(10**e)) for e in exponents), total})
+
+
+def first_above(numbers, f, level=0.9):
+    """The first of `numbers` from which f stays at or above the level."""
+    below = [i for i, value in enumerate(f) if value < level]
+    return numbers[below[-1] + 1 if below else 0] if not below or below[-1] + 1 < len(f) else None
+
+
+def cumulative(scores):
+    """Share of the sum of |scores| (..., E) that its n largest hold, n = 1 .. E."""
+    ordered = scores.abs().sort(-1, descending=True).values.double()
+    total = ordered.sum(-1, keepdim=True)
+    return (ordered.cumsum(-1) / total.clamp(min=1e-300))
+
+
+def check_pair(model, clean, corrupt):
+    if clean.shape != corrupt.shape:
+        raise ValueError(f"clean and corrupt prompts must have one length, got {tuple(clean.shape)} and "
+                         f"{tuple(corrupt.shape)}")
+    if clean.shape[1] > model.config.block_size:
+        raise ValueError(f"prompts of {clean.shape[1]} tokens do not fit the model's context of "
+                         f"{model.config.block_size}")
+
+
+# -----------------------------------------------------------------------------
+# one model on one task
+
+LEVEL = 0.9  # of the effect, or of the sum of |scores|
+
+
+def parts(task, flags, progress=None):
+    """Yields (clean, corrupt, metric, correct) of some prompts at a time."""
+    rows = torch.arange(len(task.clean)).split(rows_at_a_time(task, flags))
+    for r in tqdm(rows, desc=progress, disable=None if progress else True, leave=False):
+        clean, corrupt = (x[r].to(flags.device) for x in (task.clean, task.corrupt))
+        yield (clean, corrupt, lambda logits, r=r: task.metric(logits, r),
+               lambda logits, r=r: task.correct(logits, r))
+
+
+def on_all(task, flags, what, progress=None):
+    """what(clean, corrupt, metric) of some prompts at a time, joined."""
+    return torch.cat([what(clean, corrupt, metric).cpu()
+                      for clean, corrupt, metric, _ in parts(task, flags, progress)])
+
+
+@torch.no_grad()
+def behaviour(name, model, task, flags):
+    """Accuracy, and the metric of each clean and corrupt prompt; ValueError if there is no effect."""
+    full, empty, right = [], [], []
+    for clean, corrupt, metric, correct in parts(task, flags):
+        logits = model(clean)[0]
+        full.append(metric(logits).cpu())
+        right.append(correct(logits).cpu())
+        empty.append(metric(model(corrupt)[0]).cpu())
+    full, empty, accuracy = torch.cat(full), torch.cat(empty), torch.cat(right).float().mean().item()
+    print(f"{name}: accuracy {accuracy:.1%}, {task.units} {full.mean():.3f} on clean prompts, "
+          f"{empty.mean():.3f} on corrupt ones")
+    if accuracy < task.floor and not flags.force:
+        raise ValueError(f"the {name} model is right on {accuracy:.0%} of the {task.name} prompts, below "
+                         f"{task.floor:.0%}: its circuit would say little; --force goes on")
+    if abs(full.mean() - empty.mean()) < 1e-3:
+        raise ValueError(f"the {name} model's {task.units} is the same on clean and corrupt prompts, "
+                         f"{full.mean():.4f} and {empty.mean():.4f}: there is no effect to explain")
+    return full, empty, accuracy
+
+
+def analyse(name, model, task, again, flags):
+    """Everything about one model: (results, what the figures need). again: the task's other draw."""
+    full, empty, accuracy = behaviour(name, model, task, flags)
+    graph = Graph(model.config, flags.qkv)
+    if len(graph) * len(full) > 2**28:
+        raise ValueError(f"--n {len(full)} prompts times {len(graph):,} edges are too many: lower --n")
+
+    # heads: ranked by patching each of them, then the best k are kept
+    value = on_all(task, flags, lambda *pair: head_patching(model, *pair), f"{name}: heads")
+    n_heads = value[0].numel()
+    ranks = {"per sentence": value.flatten(1).argsort(1, descending=True)}
+    ranks["global"] = value.flatten(1).mean(0).argsort(descending=True).expand(len(value), -1)
+    counts = sorted({*range(0, min(10, n_heads)), *(n - 1 for n in grid(n_heads + 1, flags.per_decade)),
+                     n_heads})
+    heads = {}
+    for how, order in ranks.items():
+        curve = []
+        for k in tqdm(counts, desc=f"{name}: heads kept", disable=None, leave=False):
+            kept = torch.zeros(len(order), n_heads, dtype=torch.bool).scatter_(1, order[:, :k], True)
+            kept, metrics = kept.view_as(value), []
+            for r, (clean, corrupt, metric, _) in zip(kept.split(rows_at_a_time(task, flags)), parts(task, flags)):
+                metrics.append(metric(keep_heads(model, clean, corrupt, r.to(flags.device))).cpu())
+            curve.append(torch.cat(metrics))
+        heads[how] = torch.stack(curve)  # (counts, N)
+
+    # edges: scores of each prompt, then circuits of the n largest
+    scores = on_all(task, flags, lambda *pair: edge_scores(model, *pair, flags.qkv, flags.ig_steps)[0],
+                    f"{name}: edges")
+    mean = scores.mean(0)
+    other = on_all(again, flags, lambda *pair: edge_scores(model, *pair, flags.qkv, flags.ig_steps)[0])
+    numbers = grid(len(graph), flags.per_decade)
+    curve, kept_nodes, kept_edges = [], [], []
+    for n in tqdm(numbers, desc=f"{name}: circuits", disable=None, leave=False):
+        edges = circuit(graph, mean.abs(), n)
+        kept_edges.append(int(edges.sum()))
+        kept_nodes.append(graph.nodes(edges))
+        curve.append(on_all(task, flags, lambda clean, corrupt, metric: metric(
+            patch_edges(model, graph, clean, corrupt, edges, flags.ablation))))
+    curve = torch.stack(curve)  # (numbers, N)
+    f = [explained_effect(m, full, empty) for m in curve]
+    flat = scores[:, graph.edges]  # (N, E)
+    of_mean, of_each = cumulative(flat.mean(0)), cumulative(flat).mean(0)
+
+    found = first_above(numbers, f)
+    at = numbers.index(found) if found else None
+    results = {"n": len(full), "accuracy": accuracy, "metric_clean": full.mean().item(),
+               "metric_corrupt": empty.mean().item(), "edges": len(graph), "nodes": len(graph.sources),
+               "edges_for_0.9": found, "edges_for_0.9_kept": at is not None and kept_edges[at] or None,
+               "heads_in_circuit": kept_nodes[at][0] if found else None,
+               "mlps_in_circuit": kept_nodes[at][1] if found else None,
+               "nodes_for_0.9": sum(kept_nodes[at]) if found else None,
+               "edges_for_0.9_cumulative": needed(of_mean),
+               "edges_for_0.9_cumulative_per_sentence": needed(of_each)}
+    for how, m in heads.items():
+        results["heads_for_0.9_" + how.replace(" ", "_")] = first_above(
+            counts, [explained_effect(row, full, empty) for row in m])
+    top = [set(x[graph.edges].abs().topk(results["edges_for_0.9_cumulative"]).indices.tolist())
+           for x in (mean, other.mean(0))]
+    results["jaccard_of_two_draws"] = len(top[0] & top[1]) / len(top[0] | top[1])
+    if not flags.fast:
+        exact = [[explained_effect(on_all(task, flags, lambda c, d, metric: metric(patch_edges(
+            model, graph, c, d, circuit(graph, by, max(1, round(share * len(graph)))), flags.ablation))),
+            full, empty) for share in FRACTIONS] for by in (-mean, mean.abs())]
+        results |= {"cpr": cpr(exact[0])[0], "cmd": cpr(exact[1])[1]}
+    draws = torch.randint(len(full), (200, len(full)), generator=torch.Generator().manual_seed(flags.seed))
+    boot = {"edges_for_0.9": [], "edges_for_0.9_cumulative": []}
+    for d in draws:
+        boot["edges_for_0.9"].append(first_above(
+            numbers, [explained_effect(m[d], full[d], empty[d]) for m in curve]))
+        boot["edges_for_0.9_cumulative"].append(needed(cumulative(flat[d].mean(0))))
+    shown = {"graph": graph, "counts": counts, "heads": heads, "full": full, "empty": empty, "f": f,
+             "numbers": numbers, "of_mean": of_mean, "of_each": of_each, "mean": mean, "boot": boot,
+             "value": value.mean(0), "circuit": circuit(graph, mean.abs(), results["edges_for_0.9_cumulative"])}
+    return results, shown
+
+
+def rows_at_a_time(task, flags):
+    return max(1, flags.batch_tokens // task.clean.shape[1])
+
+
+def needed(share, level=LEVEL):
+    """How many of the largest hold the level: cumulative shares (E,) -> int."""
+    return int((share < level).sum()) + 1
+
+
+def interval(values):
+    """The middle 90% of bootstrap values, None among them counted as infinite: [low, high] or None."""
+    values = sorted(np.inf if v is None else v for v in values)
+    low, high = (values[int(p * (len(values) - 1))] for p in (0.05, 0.95))
+    return [float(low), float(high)] if np.isfinite(high) else None
+
+
+# -----------------------------------------------------------------------------
+# figures
+
+DENSE, SPARSE = "#0072B2", "#D55E00"  # told apart by colour-blind readers too
+COLORS = {"dense": DENSE, "sparse": SPARSE}
+
+
+def effect(m, shown):
+    """Explained effect of each sentence (rows, N'), of those whose own gap is not tiny."""
+    gap = shown["full"] - shown["empty"]
+    wide = gap.abs() > 0.05 * gap.abs().mean()
+    return ((m - shown["empty"]) / gap)[:, wide]
+
+
+def draw_heads(shown, results, path):
+    """Figure 3 of the paper: explained effect over the number of heads kept, with quartiles."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for axis, how in zip(figure.subplots(1, 2, sharey=True), ("per sentence", "global")):
+        for name, s in shown.items():
+            f = [explained_effect(m, s["full"], s["empty"]) for m in s["heads"][how]]
+            low, high = effect(s["heads"][how], s).quantile(torch.tensor([0.25, 0.75]), dim=1)
+            axis.plot(s["counts"], f, "o-", markersize=3, color=COLORS[name], label=name)
+            axis.fill_between(s["counts"], low, high, color=COLORS[name], alpha=0.2, linewidth=0)
+        axis.axhline(LEVEL, color="black", linewidth=0.8, linestyle=":")
+        key = "heads_for_0.9_" + how.replace(" ", "_")
+        axis.set(title=f"ranked {'for each sentence' if how != 'global' else 'once for all'}: "
+                       + said(results["ratio"][key]), xlabel="attention heads kept", ylim=(-0.25, 1.4))
+        axis.set_xscale("symlog", linthresh=1)
+        axis.xaxis.set_major_formatter("{x:g}")
+    figure.axes[0].set_ylabel("explained effect")
+    figure.axes[0].legend(loc="lower right")
+    save_figure(figure, path)
+
+
+def said(ratio):
+    return "0.9 not reached" if ratio is None else f"dense needs {ratio:.1f}x"
+
+
+def draw_edges(shown, results, path):
+    """Figures 4a and 5: explained effect of circuits, and cumulative |score|, over edges kept."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, s in shown.items():
+        left.plot(s["numbers"], s["f"], "o-", markersize=3, color=COLORS[name],
+                  label=f"{name}, of {len(s['graph']):,}")
+        x = np.arange(1, len(s["of_mean"]) + 1)
+        right.plot(x, s["of_mean"], ":", color=COLORS[name], label=f"{name}, scores averaged first")
+        right.plot(x, s["of_each"], "-", color=COLORS[name], label=f"{name}, mean over sentences")
+    for axis, key in ((left, "edges_for_0.9"), (right, "edges_for_0.9_cumulative")):
+        axis.axhline(LEVEL, color="black", linewidth=0.8, linestyle=":")
+        axis.set(xscale="log", xlabel="edges kept", title=f"edges for {LEVEL}: {said(results['ratio'][key])}")
+        axis.legend(fontsize=8)
+    left.set(ylabel="explained effect", ylim=(-0.25, 1.4))
+    right.set(ylabel="share of the sum of |scores|", ylim=(0, 1.05))
+    save_figure(figure, path)
+
+
+def draw_circuits(shown, path):
+    """Figure 4b: the heads and MLPs of the edges that hold 0.9 of the sum of |scores|, as a grid."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    for axis, (name, s) in zip(figure.subplots(1, 2), shown.items()):
+        graph, edges = s["graph"], s["circuit"]
+        L, H = graph.config.n_layer, graph.config.n_head
+        heads, mlps = graph.nodes(edges)
+        place = {"input": ((H - 1) / 2, -1), "logits": ((H - 1) / 2, L)}
+        place |= {f"m{l}": (H, l + 0.35) for l in range(L)}
+        place |= {f"a{l}.h{h}": (h, l) for l in range(L) for h in range(H)}
+        size = H // graph.config.n_kv_head
+        links = {}
+        for u, v in edges.nonzero().tolist():
+            target = graph.destinations[v].split("<")[0]
+            if ".g" in target:  # a group's heads read together: draw to the middle of them
+                l, g = target.split(".g")
+                place[target] = ((int(g) + 0.5) * size - 0.5, int(l[1:]))
+            pair = (graph.sources[u], target)
+            links[pair] = links.get(pair, 0) + s["mean"][u, v].abs().item()
+        top = max(links.values(), default=1)
+        for (u, v), weight in sorted(links.items(), key=lambda link: link[1]):
+            (x1, y1), (x2, y2) = place[u], place[v]
+            axis.plot([x1, x2], [y1, y2], color=COLORS[name], linewidth=0.3 + 2 * weight / top,
+                      alpha=0.05 + 0.85 * (weight / top) ** 0.5, solid_capstyle="round")
+        kept = {graph.sources[u] for u in edges.any(1).nonzero().flatten().tolist()}
+        for node, (x, y) in place.items():
+            if ".g" not in node:
+                on = node in kept or node == "logits"
+                axis.plot(x, y, "s" if node[0] == "m" else "o", color="black" if on else "0.85",
+                          markersize=max(2.0, 60 / max(L, H)) * (1 if on else 0.5), zorder=3)
+        axis.set(title=f"{name}: {int(edges.sum()):,} edges, {heads} heads, {mlps} MLPs", ylim=(-1.6, L + 0.6),
+                 xlabel="head (right: MLP)", ylabel="layer (bottom: embedding, top: logits)")
+        axis.set_xticks(range(0, H, max(1, H // 8)))
+        axis.set_yticks(range(0, L, max(1, L // 8)))
+    save_figure(figure, path)
+
+
+@torch.no_grad()
+def draw_maps(models, task, labels, best, path):
+    """Figure 2b: A a of one sentence in each model's best heads, dense above sparse."""
+    figure = Figure(figsize=(2.2 * len(best["dense"]), 5.2), layout="constrained")
+    axes = figure.subplots(2, len(best["dense"]), squeeze=False)
+    idx = task.clean[:1]
+    for row, (name, model) in zip(axes, models.items()):
+        run = observe(model, idx.to(next(model.parameters()).device))
+        for axis, node in zip(row, best[name]):
+            l, h = (int(part[1:]) for part in node.split("."))
+            weights = attend(model, *(run.seen[f"h{l}.attn.{x}"] for x in "qkv"))[1][0, h].cpu()
+            count = int((weights > 0).sum())
+            image = axis.imshow(weights.clamp(min=1e-3).where(weights > 0, torch.nan), cmap="viridis",
+                                norm=LogNorm(1e-3, 1))
+            axis.set_title(f"{name} {node}\n{count} open", fontsize=9)
+            axis.set(xticks=[], yticks=[])
+            if idx.shape[1] <= 24:
+                axis.set_yticks(range(len(labels)), labels, fontsize=5)
+                axis.set_xticks(range(len(labels)), labels, fontsize=5, rotation=90)
+    figure.colorbar(image, ax=axes, label="attention weight after the gate", shrink=0.7)
+    figure.supxlabel("from token", fontsize=10)
+    figure.supylabel("to token", fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_tokens(model, task, labels, path):
+    """The token graph of one sentence: open gates as edges between (token, layer). Returns counts."""
+    clean, corrupt = task.clean[:1], task.corrupt[:1]
+    device = next(model.parameters()).device
+    clean, corrupt = clean.to(device), corrupt.to(device)
+    scores = token_edges(model, clean, corrupt, lambda logits: task.metric(logits, slice(0, 1)))[0].cpu()
+    maps = []
+    for idx in (clean, corrupt):
+        run = observe(model, idx)
+        maps.append(torch.stack([attend(model, *(run.seen[f"h{l}.attn.{x}"] for x in "qkv"))[1][0] != 0
+                                 for l in range(model.config.n_layer)]).cpu())
+    allowed = allowed_pairs(clean.shape[1], model.config.causal)
+    both = {"open in both": (maps[0] & maps[1]), "closes": (maps[0] & ~maps[1]),
+            "opens": (~maps[0] & maps[1]), "shut in both": ~(maps[0] | maps[1])}
+    counts = {name: int((m & allowed).sum()) for name, m in both.items()}
+    L, T = model.config.n_layer, clean.shape[1]
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    axis = figure.subplots()
+    weight, opened = scores.abs().sum(1), maps[0].any(1)  # over heads: (L, T, T)
+    top = weight.max().clamp(min=1e-12)
+    for l, i, j in opened.nonzero().tolist():
+        strength = (weight[l, i, j] / top).item()
+        axis.plot([j, i], [l, l + 1], color=SPARSE if strength > 0.02 else "0.6",
+                  linewidth=0.4 + 3 * strength, alpha=0.25 + 0.75 * strength**0.5)
+    x, y = np.meshgrid(range(T), range(L + 1))
+    axis.plot(x.ravel(), y.ravel(), "o", color="black", markersize=2)
+    axis.set_xticks(range(T), labels, rotation=60, ha="right", fontsize=8)
+    axis.set(ylabel="layer", yticks=range(0, L + 1, max(1, L // 8)),
+             title=f"{counts['open in both']} gates open in both runs, {counts['closes']} close, "
+                   f"{counts['opens']} open, {counts['shut in both']:,} shut in both: exactly 0")
+    save_figure(figure, path)
+    return counts
+
+
+# -----------------------------------------------------------------------------
+# the command
+
+
+@dataclass
+class Flags:
+    dense: str = "gpt2"  # the dense model: hub name, Hugging Face folder or checkpoint
+    sparse: str | None = None  # the sparse one: a checkpoint of train.py, or a folder
+    adapter: str | None = None  # adapter.safetensors on top of --sparse
+    task: str = "ioi"  # ioi, greater-than, induction or addition
+    corrupt: str | None = None  # which corruption of the task, see plumbing/tasks.py
+    n: int = 100  # prompts
+    out: str | None = None  # folder for results.json, edges.csv and the figures
+    qkv: str = "split"  # split: a head reads by q, k and v; merged: once
+    ig_steps: int = 5  # 0: plain EAP; m: EAP-IG with m midpoints
+    ablation: str = "resample"  # of what is outside a circuit: resample, mean or zero
+    fast: bool = False  # at most 16 prompts, a coarse grid and no CPR: minutes instead of an hour
+    force: bool = False  # go on with a model that can not do the task
+    tokenizer: str | None = None  # gpt2, bytes or a tokenizer.json; default: the model's own
+    seed: int = 0  # of prompts and bootstrap
+    batch_tokens: int = 1024  # tokens in one forward pass
+    per_decade: int = 20  # circuit sizes tried in each factor of ten
+    device: str = "cpu"  # cpu, cuda or mps
+    threads: int = 2  # CPU threads
+
+    def __post_init__(self):
+        if self.fast:
+            self.n, self.per_decade = min(self.n, 16), min(self.per_decade, 4)
+        for name in ("n", "batch_tokens", "per_decade", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.ig_steps < 0:
+            raise ValueError("--ig-steps must not be negative")
+        for name, values in (("qkv", ("split", "merged")), ("task", tasks.NAMES),
+                             ("ablation", ("resample", "mean", "zero"))):
+            if getattr(self, name) not in values:
+                raise ValueError(f"--{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+
+
+def load(flags):
+    """({"dense": model, "sparse": model}, tokenizer or None)."""
+    if not flags.sparse:
+        raise ValueError("give --sparse, the post-trained model to compare with --dense")
+    models = {"dense": Transformer.from_pretrained(flags.dense, sparse=False),
+              "sparse": Transformer.from_pretrained(flags.sparse, flags.adapter)}
+    if not models["sparse"].config.sparse:
+        raise ValueError(f"--sparse {flags.sparse} has no gates: give a checkpoint of a sparse run, or "
+                         "its --adapter")
+    sizes = [m.config.vocab_size for m in models.values()]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"--dense has {sizes[0]} tokens and --sparse {sizes[1]}: not of one family")
+    tok = None
+    if flags.task != "addition":
+        tok = tokens.tokenizer(tokens.name_for(sizes[0], flags.tokenizer, flags.dense))
+    return {name: m.eval().requires_grad_(False).to(flags.device) for name, m in models.items()}, tok
+
+
+def write_edges(shown, path):
+    """edges.csv: every edge by name, with its mean score in both models."""
+    def write(temporary):
+        with open(temporary, "w", newline="") as f:
+            rows = csv.writer(f)
+            rows.writerow(["source", "destination", "dense", "sparse"])
+            graph = shown["dense"]["graph"]
+            for u, v in graph.edges.nonzero().tolist():
+                rows.writerow([graph.sources[u], graph.destinations[v],
+                               *(f"{s['mean'][u, v].item():.4g}" for s in shown.values())])
+
+    replace(path, write)
+
+
+def ratio(results, key):
+    values = [results[name][key] for name in ("dense", "sparse")]
+    return None if None in values else values[0] / values[1]
+
+
+def main(flags):
+    started = time.time()
+    torch.set_num_threads(flags.threads)
+    models, tok = load(flags)
+    task, again = (tasks.make(flags.task, tok, flags.n, seed, flags.corrupt)
+                   for seed in (flags.seed, flags.seed + 1))
+    flags.out = open_folder(flags.out or os.path.join("out", f"patching-{flags.task}"))
+    print(f"{task.name}: {len(task.clean)} prompts of {task.clean.shape[1]} tokens, kept of {task.made}; "
+          f"{task.about}")
+    results, shown = {"task": task.name, "flags": asdict(flags), "prompts_made": task.made}, {}
+    for name, model in models.items():
+        results[name], shown[name] = analyse(name, model, task, again, flags)
+    if len(shown["dense"]["graph"]) != len(shown["sparse"]["graph"]):
+        raise ValueError("--dense and --sparse have different layers or heads: nothing to compare")
+    keys = [key for key in results["dense"] if "_for_0.9" in key]
+    results["ratio"] = {key: ratio(results, key) for key in keys}
+    results["interval"] = {}
+    for key in ("edges_for_0.9", "edges_for_0.9_cumulative"):
+        dense, sparse = shown["dense"]["boot"][key], shown["sparse"]["boot"][key]
+        results["dense"][key + "_interval"], results["sparse"][key + "_interval"] = interval(dense), interval(sparse)
+        results["interval"][key] = interval([None if None in pair else pair[0] / pair[1]
+                                             for pair in zip(dense, sparse)])
+
+    labels = [tok.decode([i]) if tok else "0123456789+=?"[i] for i in task.clean[0].tolist()]
+    best = {name: [f"a{n // s['value'].shape[1]}.h{n % s['value'].shape[1]}" for n in
+                   (s["value"] - s["empty"].mean()).abs().flatten().argsort(descending=True)[:6].tolist()]
+            for name, s in shown.items()}
+    files = {name: os.path.join(flags.out, name) for name in (
+        "heads.png", "edges.png", "circuits.png", "attention.png", "tokens.png", "edges.csv")}
+    draw_heads(shown, results, files["heads.png"])
+    draw_edges(shown, results, files["edges.png"])
+    draw_circuits(shown, files["circuits.png"])
+    draw_maps(models, task, labels, best, files["attention.png"])
+    results["token_graph"] = draw_tokens(models["sparse"], task, labels, files["tokens.png"])
+    write_edges(shown, files["edges.csv"])
+    print(f"\n{'':42}{'dense':>10}{'sparse':>10}{'ratio':>8}  90% interval")
+    for key in ("accuracy", "metric_clean", "metric_corrupt", *keys, "jaccard_of_two_draws"):
+        row = [results[name][key] for name in ("dense", "sparse")]
+        cells = ["-" if v is None else f"{v:.3f}" if isinstance(v, float) else f"{v:,}" for v in row]
+        factor = results["ratio"].get(key)
+        band = results["interval"].get(key)
+        print(f"{key:42}{cells[0]:>10}{cells[1]:>10}{'' if factor is None else f'{factor:.1f}':>8}"
+              + (f"  {band[0]:.1f} to {band[1]:.1f}" if band else ""))
+    print("wrote", write_results(flags.out, started, flags.device, **results), *files.values())
+
+
+if __name__ == "__main__":
+    run(main, Flags, __doc__)
