@@ -68,7 +68,7 @@ class Graph:
                 self.columns[l][letter] = slice(begin, begin + step * count, step)
             self.destinations += order
             read += [2 * l + 1] * len(order)
-            self.columns[l]["m"] = len(self.destinations)
+            self.columns[l]["m"] = slice(len(self.destinations), len(self.destinations) + 1)
             self.destinations.append(f"m{l}")
             read.append(2 * l + 2)
         self.destinations.append("logits")
@@ -216,18 +216,19 @@ def edge_scores(model, clean, corrupt, metric, qkv="split", ig_steps=0):
     graph = Graph(model.config, qkv)
     with torch.no_grad():
         one, two = observe(model, clean), observe(model, corrupt)
-        change = written(model, two) - written(model, one)  # (S, N, T, C)
+        change = (written(model, two) - written(model, one)).transpose(0, 1).flatten(2)  # (N, S, T C)
     scores = torch.zeros(len(clean), *graph.edges.shape, dtype=change.dtype, device=change.device)
     for k in range(max(1, ig_steps)):
         share = (k + 0.5) / ig_steps if ig_steps else 1.0
         run = observe(model, clean, two.embed + share * (one.embed - two.embed), held=True)
-        for columns, before, g in gradients(model, graph, run, metric):  # g (v, N, T, C)
-            scores[:, :before, columns] += torch.einsum("sntc,vntc->nsv", change[:before], g)
-    return scores.float() / max(1, ig_steps), graph
+        for columns, g in gradients(model, graph, run, metric):  # g (N, v, T, C)
+            before = int(graph.edges[:, columns].any(1).sum())  # sources come in the order of writing
+            scores[:, :before, columns] += change[:, :before] @ g.flatten(2).mT
+    return scores.float() * graph.edges.to(scores.device) / max(1, ig_steps), graph
 
 
 def gradients(model, graph, run, metric):
-    """Yields (columns, sources before them, dM/dx_v (v, N, T, C)) of all destinations.
+    """Yields (columns (v,), dM/dx_v (N, v, T, C)) of a layer's destinations, then of the logits.
 
     dM/dx of a head's q is the norm's backward of dM/dq W_q^T: no head needs a residual stream of its
     own. A merged destination reads for all its letters, so their gradients add up.
@@ -238,20 +239,19 @@ def gradients(model, graph, run, metric):
     grads = dict(zip([*names, "final"], torch.autograd.grad(metric(run.logits).sum(), wanted)))
     with torch.no_grad():
         for l, block in enumerate(model.h):
-            x, columns = run.seen[f"h{l}.attn.in"], graph.columns[l]
+            x, columns = run.seen[f"h{l}.attn.in"][:, None], graph.columns[l]
             parts = {}
             for letter, W in zip("qkv", block.attn.c_attn.weight.split(block.attn.sizes)):
                 g = grads[f"h{l}.attn.{letter}"]  # (N, T, heads, D)
-                g = torch.einsum("nthd,hdc->hntc", g, W.unflatten(0, g.shape[2:]))
+                g = g.transpose(1, 2) @ W.unflatten(0, g.shape[2:])  # (N, heads, T, C)
                 parts[letter] = norm_backward(block.ln_1, x, g)
             if graph.qkv == "merged":
-                parts["q"] = parts["q"].unflatten(0, (config.n_kv_head, -1)).sum(1)
+                parts["q"] = parts["q"].unflatten(1, (config.n_kv_head, -1)).sum(2)
                 parts = {"": parts["q"] + parts["k"] + parts["v"]}
-            for letter, g in parts.items():
-                yield columns[letter], graph.before(l), g
-            m = columns["m"]
-            yield slice(m, m + 1), graph.before(l, mlp=True), grads[f"h{l}.mlp.in"][None]
-        yield slice(-1, None), len(graph.sources), grads["final"][None]
+            parts["m"] = grads[f"h{l}.mlp.in"][:, None]
+            numbers = torch.arange(len(graph.destinations))
+            yield torch.cat([numbers[columns[letter]] for letter in parts]), torch.cat([*parts.values()], 1)
+        yield torch.tensor([len(graph.destinations) - 1]), grads["final"][:, None]
 
 
 def node_scores(model, clean, corrupt, metric):
@@ -351,43 +351,46 @@ def patch_edges(model, graph, clean, corrupt, edges, ablation="resample"):
     check_pair(model, clean, corrupt)
     target = written(model, observe(model, corrupt))
     target = {"resample": target, "mean": target.mean(1, keepdim=True), "zero": target * 0}[ablation]
-    config, seen = model.config, {}
-    moved = []  # a_u^ablation - a_u^current of the sources so far, (s, N, T, C) each
-    cut = (graph.edges & ~edges.cpu()).to(target)
+    config, seen = model.config, {}  # seen: of the layer that runs
+    cut = (graph.edges & ~edges.cpu()).to(target).mT  # (V, S)
+    moved = target.expand(-1, len(clean), -1, -1).clone()  # becomes a_u^ablation - a_u^current
 
-    def read(columns):
-        """What the destinations `columns` read beyond the residual stream: (v, N, T, C)."""
-        change = torch.cat(moved)
-        return torch.einsum("sntc,sv->vntc", change, cut[:len(change), columns])
+    def read(columns, sources):
+        """What destinations read beyond the residual stream: (v, N, T, C) of each of some columns."""
+        change = torch.cat([cut[c, :sources] for c in columns]) @ moved[:sources].flatten(1)
+        counts = [len(cut[c]) for c in columns]
+        return change.unflatten(1, moved.shape[1:]).split(counts)
 
     def tap(name, t):
         if name == "embed":
-            moved.append(target[:1] - t)
+            moved[0] -= t
         elif name == "final":
-            return t + read(slice(-1, None))[0]
+            return t + read([slice(-1, None)], len(moved))[0][0]
         if not name.startswith("h"):
             return t
         l, part = int(name[1:].split(".")[0]), name.split(".", 1)[1]
         block, begin = model.h[l], graph.before(l)
         if part == "attn.in":
-            seen["x"] = t
+            letters = [letter for letter in graph.columns[l] if letter != "m"]
+            changes = read([graph.columns[l][letter] for letter in letters], begin)
+            seen.update(zip(letters, changes), x=t)
         elif part in ("attn.q", "attn.k", "attn.v"):
             which = "qkv".index(part[-1])
             W = block.attn.c_attn.weight.split(block.attn.sizes)[which].unflatten(0, t.shape[2:])
-            change = read(graph.columns[l][part[-1] if graph.qkv == "split" else ""])
+            change = seen[part[-1] if graph.qkv == "split" else ""]
             if graph.qkv == "merged" and part == "attn.q":
                 change = change.repeat_interleave(config.n_head // config.n_kv_head, dim=0)
-            t = torch.einsum("hntc,hdc->nthd", block.ln_1(seen["x"] + change), W)
+            t = block.ln_1(seen["x"] + change).flatten(1, 2) @ W.mT  # (heads, N T, D)
+            t = t.unflatten(1, clean.shape).permute(1, 2, 0, 3)
             if block.attn.c_attn.bias is not None:
                 t = t + block.attn.c_attn.bias.split(block.attn.sizes)[which].unflatten(0, t.shape[2:])
         elif part == "attn.z":
             W = block.attn.c_proj.weight.unflatten(1, t.shape[2:])
-            moved.append(target[begin:begin + config.n_head] - torch.einsum("nthd,chd->hntc", t, W))
+            moved[begin:begin + config.n_head] -= torch.einsum("nthd,chd->hntc", t, W)
         elif part == "mlp.in":
-            t = t + read(slice(graph.columns[l]["m"], graph.columns[l]["m"] + 1))[0]
+            t = t + read([graph.columns[l]["m"]], graph.before(l, mlp=True))[0][0]
         elif part == "mlp.out":
-            n = graph.before(l, mlp=True)
-            moved.append(target[n:n + 1] - t)
+            moved[graph.before(l, mlp=True)] -= t
         return t
 
     return model(clean, tap=tap)[0]

@@ -443,6 +443,7 @@ def test_scores_of_a_float32_model(patching, name):
 @both_qkv
 @pytest.mark.parametrize("ig_steps", [0, 2])
 def test_nothing_corrupt_gives_exact_zeros(patching, name, qkv, ig_steps):
+    """Corrupt equal to clean: every score of every kind is 0.0, not only small."""
     model, clean, _ = build(name)
     scores = patching.edge_attribution(model, clean, clean, metric, qkv=qkv, ig_steps=ig_steps)[0]
     assert (scores == 0).all()
@@ -579,5 +580,6 @@ def test_explained_effect(patching):
 @pytest.mark.parametrize("f, want", [([0.0] * 9 + [1.0], (0.25, 0.749)), ([1.0] * 10, (0.999, 0.0)),
                                      ([2.0] * 10, (1.998, 0.999))])
 def test_cpr_known_answers(patching, f, want):
+    """f = 0 but for f(1) = 1; f = 1; f = 2: the two areas to three digits."""
     assert tuple(patching.FRACTIONS) == (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1)
     assert tuple(round(float(x), 3) for x in patching.cpr(f)) == want
