@@ -602,7 +602,7 @@ def draw_heads(shown, results, path):
             f = [explained_effect(m, s["full"], s["empty"]) for m in s["heads"][how]]
             low, high = effect(s["heads"][how], s).quantile(torch.tensor([0.25, 0.75]), dim=1)
             axis.plot(s["counts"], f, "o-", markersize=3, color=COLORS[name], label=name)
-            axis.fill_between(s["counts"], low, high, color=COLORS[name], alpha=0.2, linewidth=0)
+            axis.fill_between(s["counts"], low.numpy(), high.numpy(), color=COLORS[name], alpha=0.2, linewidth=0)
         axis.axhline(LEVEL, color="black", linewidth=0.8, linestyle=":")
         key = "heads_for_0.9_" + how.replace(" ", "_")
         axis.set(title=f"ranked {'for each sentence' if how != 'global' else 'once for all'}: "
@@ -626,8 +626,8 @@ def draw_edges(shown, results, path):
         left.plot(s["numbers"], s["f"], "o-", markersize=3, color=COLORS[name],
                   label=f"{name}, of {len(s['graph']):,}")
         x = np.arange(1, len(s["of_mean"]) + 1)
-        right.plot(x, s["of_mean"], ":", color=COLORS[name], label=f"{name}, scores averaged first")
-        right.plot(x, s["of_each"], "-", color=COLORS[name], label=f"{name}, mean over sentences")
+        right.plot(x, s["of_mean"].numpy(), ":", color=COLORS[name], label=f"{name}, scores averaged first")
+        right.plot(x, s["of_each"].numpy(), "-", color=COLORS[name], label=f"{name}, mean over sentences")
     for axis, key in ((left, "edges_for_0.9"), (right, "edges_for_0.9_cumulative")):
         axis.axhline(LEVEL, color="black", linewidth=0.8, linestyle=":")
         axis.set(xscale="log", xlabel="edges kept", title=f"edges for {LEVEL}: {said(results['ratio'][key])}")
@@ -675,22 +675,26 @@ def draw_circuits(shown, path):
 
 
 @torch.no_grad()
-def draw_maps(models, task, labels, best, path):
-    """Figure 2b: A a of one sentence in each model's best heads, dense above sparse."""
-    figure = Figure(figsize=(2.2 * len(best["dense"]), 5.2), layout="constrained")
-    axes = figure.subplots(2, len(best["dense"]), squeeze=False)
-    idx = task.clean[:1]
-    for row, (name, model) in zip(axes, models.items()):
-        run = observe(model, idx.to(next(model.parameters()).device))
-        for axis, node in zip(row, best[name]):
+def draw_maps(models, task, labels, rows, path):
+    """Figure 2b: A a of one sentence, rows of (model name, nodes): shut gates are white."""
+    width = max(len(nodes) for _, nodes in rows)
+    figure = Figure(figsize=(1 + 2.1 * width, 0.4 + 2.4 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), width, squeeze=False)
+    device = next(iter(models.values())).wte.weight.device
+    runs = {name: observe(model, task.clean[:1].to(device)) for name, model in models.items()}
+    for line, (name, nodes) in zip(axes, rows):
+        for axis, node in zip(line, [*nodes, *[None] * (width - len(nodes))]):
+            if node is None:
+                axis.axis("off")
+                continue
             l, h = (int(part[1:]) for part in node.split("."))
-            weights = attend(model, *(run.seen[f"h{l}.attn.{x}"] for x in "qkv"))[1][0, h].cpu()
-            count = int((weights > 0).sum())
-            image = axis.imshow(weights.clamp(min=1e-3).where(weights > 0, torch.nan), cmap="viridis",
-                                norm=LogNorm(1e-3, 1))
-            axis.set_title(f"{name} {node}\n{count} open", fontsize=9)
+            seen = [runs[name].seen[f"h{l}.attn.{x}"] for x in "qkv"]
+            weights = attend(models[name], *seen)[1][0, h].cpu()
+            shades = weights.clamp(min=1e-3).where(weights > 0, torch.nan).numpy()
+            image = axis.imshow(shades, cmap="viridis", norm=LogNorm(1e-3, 1))
+            axis.set_title(f"{name} {node}\n{int((weights > 0).sum())} open", fontsize=9)
             axis.set(xticks=[], yticks=[])
-            if idx.shape[1] <= 24:
+            if len(labels) <= 24:
                 axis.set_yticks(range(len(labels)), labels, fontsize=5)
                 axis.set_xticks(range(len(labels)), labels, fontsize=5, rotation=90)
     figure.colorbar(image, ax=axes, label="attention weight after the gate", shrink=0.7)
@@ -837,11 +841,16 @@ def main(flags):
                    (s["value"] - s["empty"].mean()).abs().flatten().argsort(descending=True)[:6].tolist()]
             for name, s in shown.items()}
     files = {name: os.path.join(flags.out, name) for name in (
-        "heads.png", "edges.png", "circuits.png", "attention.png", "tokens.png", "edges.csv")}
+        "heads.png", "edges.png", "circuits.png", "attention.png", "circuit_heads.png", "tokens.png",
+        "edges.csv")}
     draw_heads(shown, results, files["heads.png"])
     draw_edges(shown, results, files["edges.png"])
     draw_circuits(shown, files["circuits.png"])
-    draw_maps(models, task, labels, best, files["attention.png"])
+    draw_maps(models, task, labels, [(name, best[name]) for name in models], files["attention.png"])
+    kept = shown["sparse"]["circuit"].any(1)
+    needs = [u for u, on in zip(shown["sparse"]["graph"].sources, kept) if on and u[0] == "a"][:64]
+    rows = [("sparse", needs[i:i + 8]) for i in range(0, len(needs), 8)]
+    draw_maps(models, task, labels, rows or [("sparse", best["sparse"])], files["circuit_heads.png"])
     results["token_graph"] = draw_tokens(models["sparse"], task, labels, files["tokens.png"])
     write_edges(shown, files["edges.csv"])
     print(f"\n{'':42}{'dense':>10}{'sparse':>10}{'ratio':>8}  90% interval")

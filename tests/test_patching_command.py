@@ -1,0 +1,81 @@
+"""python patching.py: what it writes, and what it says to bad input."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from model import Config, Transformer
+from patching import Flags, first_above, grid, interval, main
+from plumbing.flags import parse
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TOY = dict(block_size=11, vocab_size=13, n_layer=2, n_head=2, n_embd=16, causal=False, init_std=0.3)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A random dense and a sparse model of the toy's shape."""
+    folder = tmp_path_factory.mktemp("pair")
+    torch.manual_seed(0)
+    dense = Transformer(Config(**TOY))
+    dense.save_checkpoint(str(folder / "dense.pt"))
+    sparse = Transformer(Config(**TOY, sparse=True, gate_bias=-0.1))
+    sparse.load_state_dict(dense.state_dict())
+    sparse.save_checkpoint(str(folder / "sparse.pt"))
+    return folder
+
+
+def run(pair, out, *flags):
+    main(parse(Flags, ["--dense", str(pair / "dense.pt"), "--sparse", str(pair / "sparse.pt"), "--task",
+                       "addition", "--threads", "1", "--out", str(out), *flags]))
+
+
+def test_it_writes_results_edges_and_figures(pair, tmp_path):
+    run(pair, tmp_path / "out", "--n", "12", "--per-decade", "3", "--force", "--ig-steps", "2")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for name in ("dense", "sparse"):
+        r = results[name]
+        assert r["n"] == 12 and r["edges"] == 46 and r["nodes"] == 7
+        assert {"accuracy", "metric_clean", "metric_corrupt", "heads_for_0.9_per_sentence",
+                "heads_for_0.9_global", "edges_for_0.9", "nodes_for_0.9", "edges_for_0.9_cumulative",
+                "jaccard_of_two_draws", "cpr", "cmd"} <= r.keys()
+    assert sum(results["token_graph"].values()) == 2 * 2 * 11 * 11  # every pair is of one class
+    rows = list(csv.DictReader(open(tmp_path / "out" / "edges.csv")))
+    assert len(rows) == 46 and {"input", "m1"} <= {row["source"] for row in rows}
+    for name in ("heads", "edges", "circuits", "attention", "circuit_heads", "tokens"):
+        assert (tmp_path / "out" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--n", "12"], "right on 0% of the addition prompts, below 90%.*--force"),
+    (["--n", "12", "--qkv", "both"], "--qkv must be one of split, merged"),
+    (["--n", "10000000", "--force"], "addition|prompts"),
+    (["--n", "12", "--task", "ioi", "--tokenizer", "gpt3"], "unknown tokenizer"),
+    (["--n", "12", "--sparse", "dense"], "has no gates"),
+    (["--n", "0"], "--n must be at least 1"),
+])
+def test_bad_input_is_one_clear_line(pair, tmp_path, flags, message):
+    flags = [str(pair / "dense.pt") if flag == "dense" else flag for flag in flags]
+    with pytest.raises(ValueError, match=message) as error:
+        run(pair, tmp_path / "out", *flags)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_the_command_line_exits_with_2(pair):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "patching.py"), "--dense",
+                           str(pair / "dense.pt")], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--sparse" in done.stderr
+
+
+def test_sizes_and_intervals():
+    assert grid(100, 1) == [1, 10, 100] and grid(46, 20)[-1] == 46
+    assert first_above([1, 10, 100], [0.95, 0.5, 1.0]) == 100  # from which it stays above
+    assert first_above([1, 10, 100], [0.95, 0.92, 0.91]) == 1
+    assert first_above([1, 10], [0.95, 0.5]) is None
+    assert interval([1.0] * 50 + [3.0] * 50) == [1.0, 3.0] and interval([None] * 10) is None
