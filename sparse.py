@@ -256,7 +256,26 @@ def chunked(q, k, v, bias, seeds, causal):
 # -----------------------------------------------------------------------------
 # what the rest of the project calls
 
-IMPLEMENTATIONS = {"naive": naive, "chunked": chunked, "auto": chunked}
+IMPLEMENTATIONS = ("naive", "chunked", "triton", "auto")
+
+
+def implementation(impl, q):
+    """(function, the dtype that it computes in) for q; "auto" is the kernel where there is a GPU."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    fits = q.dtype != torch.float64 and q.shape[-1] <= 128
+    if impl == "triton" or (impl == "auto" and q.is_cuda and fits):
+        try:
+            from plumbing.triton_gated import INTERPRETED, triton_gated
+        except ImportError:
+            if impl == "triton":
+                raise ValueError("impl='triton' needs the package triton, which is not here") from None
+        else:
+            if not fits or not (q.is_cuda or INTERPRETED):
+                raise ValueError("impl='triton' needs tensors on a GPU, float32 or shorter, and heads of "
+                                 f"at most 128: got {q.device.type}, {q.dtype}, {q.shape[-1]}")
+            return triton_gated, q.dtype
+    return naive if impl == "naive" else chunked, torch.promote_types(q.dtype, torch.float32)
 
 
 def gated_attention(q, k, v, bias=0.0, seed=None, causal=True, impl="auto"):
@@ -269,17 +288,17 @@ def gated_attention(q, k, v, bias=0.0, seed=None, causal=True, impl="auto"):
     open_frac (B, H), the share of allowed pairs whose gate is 1, without gradient. Everything
     inside, and both shares, are float32 whatever q is (float64 if q is). Bad input: ValueError.
     """
-    if not isinstance(impl, str) or impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    (q_, k_, v_), bias, seeds = checked(q, k, v, bias, seed)
+    bias, seeds = checked(q, k, v, bias, seed)
+    form, dtype = implementation(impl, q)
     with torch.autocast(q.device.type, enabled=False):
-        y, open_prob, open_frac = IMPLEMENTATIONS[impl](q_, k_, v_, bias, seeds, causal)
+        y, open_prob, open_frac = form(*(x.to(dtype) for x in (q, k, v)), bias, seeds, causal)
     return y.to(q.dtype), open_prob, open_frac
 
 
 def gate_map(q, k, bias=0.0, seed=None, causal=True):
     """The gates themselves, bool (B, H, T, T), False on pairs that are not allowed; no gradient."""
-    (q, k, _), bias, seeds = checked(q, k, k, bias, seed)
+    bias, seeds = checked(q, k, k, bias, seed)
+    q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         open_ = gates(q @ k.mT / math.sqrt(q.shape[-1]), bias, seeds).bool()
@@ -287,7 +306,7 @@ def gate_map(q, k, bias=0.0, seed=None, causal=True):
 
 
 def checked(q, k, v, bias, seed):
-    """The inputs in the dtype to compute in, or a ValueError in one line."""
+    """The bias as a float and the seeds as a tensor or None, or a ValueError in one line."""
     if not all(torch.is_tensor(x) for x in (q, k, v)):
         raise ValueError("q, k and v must be tensors")
     shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
@@ -301,8 +320,9 @@ def checked(q, k, v, bias, seed):
     if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not math.isfinite(bias):
         raise ValueError(f"the gate bias must be a finite number, got {bias!r}")
     seeds = None if seed is None else sequence_seeds(seed, B, q.device)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return [x.to(dtype) for x in (q, k, v)], float(bias), seeds
+    return float(bias), seeds
+
+
 
 # -----------------------------------------------------------------------------
 # run as a script: the fast form equals the naive one, and what it costs

@@ -1,0 +1,228 @@
+"""
+sparse.naive as one Triton kernel forward and two backward: no T x T matrix in memory.
+
+A program of the forward kernel holds BM queries of one head and goes over their keys in blocks of
+BN, as flash attention does (arXiv 2205.14135): a running maximum and sum make the softmax, and the
+gate is applied to its unnormalised weights, for the sum counts shut edges too. Saved are q, k, v, y,
+the rows' log-sum-exp and the seeds; the backward kernels compute the blocks again:
+
+    a = exp(s - lse),  dA = dy V^T,  ds = a ((A + slope) dA - dy . y) + r p (1 - p)
+    dQ = ds K,  dK = ds^T Q,  dV = (A a)^T dy,  r = dE / pairs
+
+Nothing is added up by atomics, so results are the same in every run. Products of float32 inputs are
+exact float32 (not TF32), those of bfloat16 and float16 accumulate in float32.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from sparse import noise_keys
+
+
+@triton.jit
+def logits_and_gates(q, k, i, j, start, stride, column, T, scale, bias,
+                     CAUSAL: tl.constexpr, SAMPLED: tl.constexpr):
+    """s, p = sigmoid(s + b), 1 - p, A, u and which pairs are allowed, all (BM, BN) float32 or bool."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    allowed = (i[:, None] < T) & (j[None, :] < T)
+    if CAUSAL:
+        allowed = allowed & (j[None, :] <= i[:, None])
+    x = s + bias
+    p, shut = tl.sigmoid(x), tl.sigmoid(-x)  # 1 - p without cancellation
+    u = s
+    if SAMPLED:  # sparse.uniform
+        bits = stride[:, None] * column[None, :] + start[:, None]
+        u = (bits >> 9).to(tl.float32) * (1.0 / 8388608) + (0.5 + 1.0 / 16777216)
+        A = (u < p) & allowed
+    else:
+        A = (x > 0) & allowed
+    return s, p, shut, A, u, allowed
+
+
+@triton.jit
+def forward_kernel(q_, k_, v_, y_, lse_, prob_, open_, start_, stride_, column_, T, scale, bias,
+                   H, GROUP, CAUSAL: tl.constexpr, SAMPLED: tl.constexpr, D: tl.constexpr,
+                   DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    head = tl.program_id(1).to(tl.int64)  # of all sequences
+    key_head = head // H * (H // GROUP) + head % H // GROUP
+    i, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, DP)
+    rows = head * T + i
+    q = tl.load(q_ + rows[:, None] * D + d[None, :], (i[:, None] < T) & (d[None, :] < D), 0.0)
+    start = tl.load(start_ + rows, i < T, 0)
+    stride = tl.load(stride_ + rows, i < T, 0)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total, prob, opened = (tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32),
+                           tl.zeros([BM], tl.float32))
+    y = tl.zeros([BM, DP], tl.float32)
+    end = tl.minimum((tl.program_id(0) + 1) * BM, T) if CAUSAL else T
+    for first in range(0, end, BN):
+        j = first + tl.arange(0, BN)
+        at = (key_head * T + j)[:, None] * D + d[None, :]
+        inside = (j[:, None] < T) & (d[None, :] < D)
+        k = tl.load(k_ + at, inside, 0.0)
+        v = tl.load(v_ + at, inside, 0.0)
+        column = tl.load(column_ + j, j < T, 0)
+        s, p, shut, A, u, allowed = logits_and_gates(q, k, i, j, start, stride, column, T, scale, bias,
+                                                     CAUSAL, SAMPLED)
+        prob += tl.sum(tl.where(allowed, p, 0.0), 1)
+        opened += tl.sum(A.to(tl.float32), 1)
+        s = tl.where(allowed, s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows beyond T have no pair at all
+        a, shrink = tl.exp(s - safe[:, None]), tl.exp(top - safe)
+        total = total * shrink + tl.sum(a, 1)  # of all edges, open or shut
+        y = y * shrink[:, None] + tl.dot(tl.where(A, a, 0.0).to(v.dtype), v, input_precision="ieee")
+        top = new_top
+    total = tl.where(i < T, total, 1.0)
+    tl.store(y_ + rows[:, None] * D + d[None, :], (y / total[:, None]).to(y_.dtype.element_ty),
+             (i[:, None] < T) & (d[None, :] < D))
+    tl.store(lse_ + rows, top + tl.log(total), i < T)
+    tl.store(prob_ + rows, prob, i < T)
+    tl.store(open_ + rows, opened, i < T)
+
+
+@triton.jit
+def gradient_of_logits(q, k, v, dy, lse, delta, r, i, j, start, stride, column, T, scale, bias,
+                       CAUSAL: tl.constexpr, SAMPLED: tl.constexpr):
+    """A a and ds, (BM, BN) float32, 0 where a pair is not allowed."""
+    s, p, shut, A, u, allowed = logits_and_gates(q, k, i, j, start, stride, column, T, scale, bias,
+                                                 CAUSAL, SAMPLED)
+    a = tl.where(allowed, tl.exp(s - lse[:, None]), 0.0)
+    dA = tl.dot(dy, tl.trans(v), input_precision="ieee")
+    w = p * shut
+    slope = w
+    if SAMPLED:  # g (1 - g) of g = sigmoid(s + b - logit(u)), whose odds are x : z
+        x, z = p * (1.0 - u), u * shut
+        slope = x * z / ((x + z) * (x + z))
+    ds = a * ((A.to(tl.float32) + slope) * dA - delta[:, None]) + r * w
+    return tl.where(A, a, 0.0), tl.where(allowed, ds, 0.0)
+
+
+@triton.jit
+def backward_q_kernel(q_, k_, v_, dy_, lse_, delta_, r_, start_, stride_, column_, dq_, T, scale, bias,
+                      H, GROUP, CAUSAL: tl.constexpr, SAMPLED: tl.constexpr, D: tl.constexpr,
+                      DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    head = tl.program_id(1).to(tl.int64)
+    key_head = head // H * (H // GROUP) + head % H // GROUP
+    i, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, DP)
+    rows = head * T + i
+    at_q, inside_q = rows[:, None] * D + d[None, :], (i[:, None] < T) & (d[None, :] < D)
+    q, dy = tl.load(q_ + at_q, inside_q, 0.0), tl.load(dy_ + at_q, inside_q, 0.0)
+    lse, delta = tl.load(lse_ + rows, i < T, 0.0), tl.load(delta_ + rows, i < T, 0.0)
+    start, stride = tl.load(start_ + rows, i < T, 0), tl.load(stride_ + rows, i < T, 0)
+    r = tl.load(r_ + head)
+    dq = tl.zeros([BM, DP], tl.float32)
+    end = tl.minimum((tl.program_id(0) + 1) * BM, T) if CAUSAL else T
+    for first in range(0, end, BN):
+        j = first + tl.arange(0, BN)
+        at = (key_head * T + j)[:, None] * D + d[None, :]
+        inside = (j[:, None] < T) & (d[None, :] < D)
+        k, v = tl.load(k_ + at, inside, 0.0), tl.load(v_ + at, inside, 0.0)
+        column = tl.load(column_ + j, j < T, 0)
+        _, ds = gradient_of_logits(q, k, v, dy, lse, delta, r, i, j, start, stride, column, T, scale, bias,
+                                   CAUSAL, SAMPLED)
+        dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+    tl.store(dq_ + at_q, (dq * scale).to(dq_.dtype.element_ty), inside_q)
+
+
+@triton.jit
+def backward_kv_kernel(q_, k_, v_, dy_, lse_, delta_, r_, start_, stride_, column_, dk_, dv_, T, scale,
+                       bias, H, GROUP, CAUSAL: tl.constexpr, SAMPLED: tl.constexpr, D: tl.constexpr,
+                       DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    key_head = tl.program_id(1).to(tl.int64)
+    groups = H // GROUP  # key-value heads of a sequence
+    j, d = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, DP)
+    at, inside = (key_head * T + j)[:, None] * D + d[None, :], (j[:, None] < T) & (d[None, :] < D)
+    k, v = tl.load(k_ + at, inside, 0.0), tl.load(v_ + at, inside, 0.0)
+    column = tl.load(column_ + j, j < T, 0)
+    dk, dv = tl.zeros([BN, DP], tl.float32), tl.zeros([BN, DP], tl.float32)
+    begin = tl.program_id(0) * BN // BM * BM if CAUSAL else 0  # queries before see none of these keys
+    for h in range(0, GROUP):  # one program adds up all query heads of its group
+        head = key_head // groups * H + key_head % groups * GROUP + h
+        r = tl.load(r_ + head)
+        for first in range(begin, T, BM):
+            i = first + tl.arange(0, BM)
+            rows = head * T + i
+            at_q, inside_q = rows[:, None] * D + d[None, :], (i[:, None] < T) & (d[None, :] < D)
+            q, dy = tl.load(q_ + at_q, inside_q, 0.0), tl.load(dy_ + at_q, inside_q, 0.0)
+            lse, delta = tl.load(lse_ + rows, i < T, 0.0), tl.load(delta_ + rows, i < T, 0.0)
+            start, stride = tl.load(start_ + rows, i < T, 0), tl.load(stride_ + rows, i < T, 0)
+            Aa, ds = gradient_of_logits(q, k, v, dy, lse, delta, r, i, j, start, stride, column, T, scale,
+                                        bias, CAUSAL, SAMPLED)
+            dv += tl.dot(tl.trans(Aa).to(dy.dtype), dy, input_precision="ieee")
+            dk += tl.dot(tl.trans(ds).to(q.dtype), q, input_precision="ieee")
+    tl.store(dk_ + at, (dk * scale).to(dk_.dtype.element_ty), inside)
+    tl.store(dv_ + at, dv.to(dv_.dtype.element_ty), inside)
+
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on the CPU, slowly
+
+
+def tuned(kernel, *blocks):
+    """The kernel, with the fastest of a few (queries, keys, warps) a program, found at its first call.
+
+    From reports of registers: those of head size 64 in 16 bits spill none (tests/test_triton.py); the
+    last is for larger heads and float32. The interpreter, which has no clock to go by, takes it.
+    """
+    blocks = blocks[-1:] if INTERPRETED else blocks
+    configs = [triton.Config({"BM": m, "BN": n}, num_warps=w) for m, n, w in blocks]
+    return triton.autotune(configs, key=["D", "SAMPLED", "CAUSAL"])(kernel)
+
+
+FORWARD = (64, 32, 4), (128, 32, 8), (64, 64, 8), (32, 32, 4)
+BACKWARD_Q = (64, 32, 4), (128, 32, 8), (32, 32, 4)
+BACKWARD_KV = (64, 32, 8), (32, 32, 4)
+forward = tuned(forward_kernel, *FORWARD)
+backward_q = tuned(backward_q_kernel, *BACKWARD_Q)
+backward_kv = tuned(backward_kv_kernel, *BACKWARD_KV)
+
+
+class Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, bias, seeds, causal):
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        (B, H, T, D), group = q.shape, q.shape[1] // k.shape[1]
+        y = torch.empty_like(q)
+        lse, prob, opened = torch.empty(3, B, H, T, device=q.device)
+        start, stride, column = keys(seeds, H, T, q)
+        forward[lambda block: (triton.cdiv(T, block["BM"]), B * H)](
+            q, k, v, y, lse, prob, opened, start, stride, column, T, 1 / math.sqrt(D), bias, H, group,
+            causal, seeds is not None, D, max(16, triton.next_power_of_2(D)))
+        pairs = T * (T + 1) // 2 if causal else T * T
+        ctx.save_for_backward(q, k, v, y, lse, seeds)
+        ctx.bias, ctx.causal, ctx.pairs = bias, causal, pairs
+        share = opened.sum(-1) / pairs
+        ctx.mark_non_differentiable(share)
+        return y, prob.sum(-1) / pairs, share
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dE, _):
+        q, k, v, y, lse, seeds = ctx.saved_tensors
+        (B, H, T, D), G = q.shape, k.shape[1]
+        dy, r = dy.contiguous(), (dE / ctx.pairs).contiguous()
+        delta = (dy.float() * y.float()).sum(-1)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        inputs = (q, k, v, dy, lse, delta, r, *keys(seeds, H, T, q))
+        how = (T, 1 / math.sqrt(D), ctx.bias, H, H // G, ctx.causal, seeds is not None, D,
+               max(16, triton.next_power_of_2(D)))
+        backward_q[lambda block: (triton.cdiv(T, block["BM"]), B * H)](*inputs, dq, *how)
+        backward_kv[lambda block: (triton.cdiv(T, block["BN"]), B * G)](*inputs, dk, dv, *how)
+        return dq, dk, dv, None, None, None
+
+
+def keys(seeds, H, T, q):
+    """sparse.noise_keys; without seeds the kernels only need something to point at."""
+    if seeds is None:
+        nothing = torch.zeros(len(q) * H * T, dtype=torch.int32, device=q.device)
+        return nothing, nothing, nothing
+    return [numbers.contiguous() for numbers in noise_keys(seeds, H, T)]
+
+
+def triton_gated(q, k, v, bias, seeds, causal):
+    """sparse.naive for q (B, H, T, D), k and v (B, H_kv, T, D) in their own dtype, on a GPU."""
+    return Gated.apply(q, k, v, bias, seeds, causal)
