@@ -339,19 +339,26 @@ class Flags:
             raise ValueError("--rounds and --threads must be at least 1")
 
 
-def forward_backward(impl, B, T, H=12, D=64, dtype=torch.float32):
-    """A function that runs causal attention forward and backward once and returns everything."""
+# B, H, H_kv, T of heads of 64. The shapes of GPT-2 small and medium, LLaMA-1B and a long context
+ON_CPU = [(B, 12, 12, T) for T in (256, 512, 1024) for B in (1, 4)] + [(1, 12, 12, 4096)]
+ON_GPU = [(1, 12, 12, T) for T in (256, 512, 1024, 2048, 4096, 8192)] + [
+    (16, 12, 12, 1024), (16, 16, 16, 1024), (16, 32, 8, 1024), (2, 32, 8, 4096)]
+
+
+def forward_backward(impl, B, H, H_kv, T, D=64, dtype=torch.float32, backward=True):
+    """A function that runs causal attention, and its gradients, once and returns everything."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     random = torch.Generator().manual_seed(0)
-    q, k, v, dy = (torch.randn(B, H, T, D, generator=random).to(device, dtype) for _ in range(4))
-    inputs = [x.requires_grad_() for x in (q, k, v)]
+    q, k, v, dy = (torch.randn(B, heads, T, D, generator=random).to(device, dtype)
+                   for heads in (H, H_kv, H_kv, H))
+    inputs = [x.requires_grad_(backward) for x in (q, k, v)]
 
     def run():
         if impl == "sdpa":
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            return y, *torch.autograd.grad(y, inputs, dy)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H_kv < H)
+            return y, *(torch.autograd.grad(y, inputs, dy) if backward else ())
         y, E, _ = gated_attention(q, k, v, bias=0.5, seed=0, impl=impl)
-        return y, E, *torch.autograd.grad([y, E.sum()], inputs, [dy, dy.new_ones(())])
+        return y, E, *(torch.autograd.grad([y, E.sum()], inputs, [dy, E.new_ones(())]) if backward else ())
 
     return run
 
@@ -365,10 +372,15 @@ def seconds(run):
     return time.perf_counter() - start
 
 
-def extra_memory(impl, B, T):
+def extra_memory(impl, *shape):
     """Peak MiB held beyond the inputs by one forward and backward pass, in a fresh process."""
-    forward_backward(impl, 1, 8)()
-    run = forward_backward(impl, B, T)
+    if torch.cuda.is_available():
+        run = forward_backward(impl, *shape, dtype=torch.bfloat16)
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    forward_backward(impl, 1, 12, 12, 8)()
+    run = forward_backward(impl, *shape)
     before = peak_memory()
     run()
     return peak_memory() - before
@@ -380,45 +392,86 @@ def peak_memory():
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
 
 
+def measure(shape, impls, rounds, dtype):
+    """A row of the table: medians of interleaved rounds, and the memory of each impl."""
+    row = dict(zip(("B", "H", "H_kv", "T"), shape))
+    B, H, _, T = shape
+    impls = [impl for impl in impls if impl != "naive" or B * H * T * T < 2**27]  # 36 bytes a logit
+    for name, backward in (("", True), ("forward_", False)):
+        runs = {impl: forward_backward(impl, *shape, dtype=dtype, backward=backward) for impl in impls}
+        times = {impl: [] for impl in impls}
+        for n in range(rounds + 1):
+            for impl in impls:
+                took = seconds(runs[impl])
+                if n > 0:  # the first is warm-up
+                    times[impl].append(took)
+        for impl in impls:
+            row[f"ms_{name}{impl}"] = round(1e3 * statistics.median(times[impl]), 3)
+            row[f"ratio_{name}{impl}"] = round(row[f"ms_{name}{impl}"] / row[f"ms_{name}sdpa"], 3)
+    for impl in impls:
+        code = f"import sparse; print(sparse.extra_memory({impl!r}, *{shape}))"
+        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                               cwd=os.path.dirname(os.path.abspath(__file__)))
+        row[f"mib_{impl}"] = round(float(child.stdout), 1) if child.returncode == 0 else None
+    return row
+
+
+def draw(table, impls, path):
+    """Time and memory against T, one sequence of 12 heads, both axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    from plumbing.flags import save_figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for axis, key, label in zip(figure.subplots(1, 2), ("ms", "mib"), (
+            "forward + backward (ms)", "memory beyond the inputs (MiB)")):
+        for impl in impls:
+            rows = [row for row in table if row["B"] == 1 and row.get(f"{key}_{impl}")]
+            axis.plot([row["T"] for row in rows], [row[f"{key}_{impl}"] for row in rows], "o-", label=impl)
+        axis.set(xscale="log", yscale="log", xlabel="tokens T, 1 sequence of 12 heads x 64", ylabel=label)
+        axis.set_xticks(sorted({row["T"] for row in table}))
+        axis.xaxis.set(major_formatter="{x:g}", minor_formatter="")
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend()
+    save_figure(figure, path)
+
+
 def main(flags):
     from plumbing.flags import open_folder, write_results
 
     started = time.time()
     open_folder(flags.out)
     torch.set_num_threads(flags.threads)
-    print("chunked against naive, 2 x 12 heads x 200 tokens x 64, sampled gates:")
-    exact = forward_backward("naive", 2, 200, dtype=torch.float64)()
-    fast = forward_backward("chunked", 2, 200)()
-    errors = [((f - e).norm() / e.norm()).item() for f, e in zip(fast, exact)]
-    print("  relative error of y, E, dq, dk, dv:", " ".join(f"{e:.0e}" for e in errors))
+    gpu = torch.cuda.is_available()
+    impls = ["sdpa", "naive", "chunked"] + ["triton"] * gpu
+    dtype, shapes = (torch.bfloat16, ON_GPU) if gpu else (torch.float32, ON_CPU)
+    exact = forward_backward("naive", 2, 12, 12, 200, dtype=torch.float64)()
+    errors = {}
+    print("against naive in float64, 2 x 12 heads x 200 tokens x 64, sampled gates; relative error of "
+          "y, E, dq, dk, dv:")
+    for impl in impls[2:]:
+        fast = forward_backward(impl, 2, 12, 12, 200)()
+        errors[impl] = [((f - e).norm() / e.norm()).item() for f, e in zip(fast, exact)]
+        print(f"  {impl}:", " ".join(f"{e:.0e}" for e in errors[impl]))
 
-    print(f"\nforward + backward, 12 heads x 64, causal, float32, {flags.threads} CPU thread(s):")
-    print("time / F.scaled_dot_product_attention's, medians; MiB held beyond the inputs")
-    print(f"{'B':>3} {'T':>5} | {'sdpa ms':>8} {'naive':>6} {'chunked':>7} | "
-          f"{'sdpa MiB':>8} {'naive':>6} {'chunked':>7}")
-    impls, table = ["sdpa", "naive", "chunked"], []
-    for B, T in [(B, T) for T in (256, 512, 1024) for B in (1, 4)] + [(1, 4096)]:
-        row = {"B": B, "T": T}
-        timed = [impl for impl in impls if T < 4096 or impl != "naive"]  # naive holds 8 GiB there
-        runs = {impl: forward_backward(impl, B, T) for impl in timed}
-        times = {impl: [] for impl in timed}
-        for _ in range(flags.rounds):
-            for impl in timed:
-                times[impl].append(seconds(runs[impl]))
-        medians = {impl: statistics.median(t) for impl, t in times.items()}
-        for impl in timed:
-            row[f"ms_{impl}"] = round(1e3 * medians[impl], 2)
-            row[f"ratio_{impl}"] = round(medians[impl] / medians["sdpa"], 3)
-            code = f"import sparse; print(sparse.extra_memory({impl!r}, {B}, {T}))"
-            child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                                   cwd=os.path.dirname(os.path.abspath(__file__)))
-            row[f"mib_{impl}"] = round(float(child.stdout), 1) if child.returncode == 0 else None
+    where = torch.cuda.get_device_name() if gpu else f"{flags.threads} CPU thread(s)"
+    print(f"\ncausal, heads of 64, {str(dtype)[6:]}, {where}: time over F.scaled_dot_product_attention's, "
+          "forward + backward (forward), medians;\nMiB held beyond the inputs")
+    print(f"{'B':>3} {'H':>3} {'H_kv':>4} {'T':>5} | {'sdpa ms':>8} " + " ".join(
+        f"{impl:>14}" for impl in impls[1:]) + " | MiB: " + " ".join(f"{impl:>8}" for impl in impls))
+    table = []
+    for shape in shapes:
+        row = measure(shape, impls, flags.rounds, dtype)
         table.append(row)
-        cell = {key: "-" if row.get(key) is None else row[key] for key in
-                [f"{kind}_{impl}" for kind in ("ratio", "mib") for impl in impls]}
-        print(f"{B:3} {T:5} | {row['ms_sdpa']:8} {cell['ratio_naive']:>6} {cell['ratio_chunked']:>7} |"
-              f" {cell['mib_sdpa']:>8} {cell['mib_naive']:>6} {cell['mib_chunked']:>7}", flush=True)
-    print("\nwrote", write_results(flags.out, started, relative_errors=errors, table=table))
+        times = [f"{row[f'ratio_{i}']:.2f} ({row[f'ratio_forward_{i}']:.2f})" if f"ratio_{i}" in row else "-"
+                 for i in impls[1:]]
+        print("{:3} {:3} {:4} {:5} | ".format(*shape) + f"{row['ms_sdpa']:8.2f} " + " ".join(
+            f"{cell:>14}" for cell in times) + " |      " + " ".join(
+            f"{row.get(f'mib_{impl}') or '-':>8}" for impl in impls), flush=True)
+    picture = os.path.join(flags.out, "cost.png")
+    draw(table, impls, picture)
+    print("\nwrote", write_results(flags.out, started, "cuda" if gpu else "cpu", relative_errors=errors,
+                                   table=table), picture)
 
 
 if __name__ == "__main__":

@@ -115,3 +115,25 @@ def test_the_smollm2_run_is_the_result_file():
     for text in (f"{r['tokens']:,} tokens", f"{r['open_frac']:.1%} of the edges",
                  f"{r['ce_sparse']:.3f} nats", f"the dense model has {r['ce_dense']:.3f}"):
         assert text in README, text
+
+
+def test_the_circuit_table_is_the_result_files():
+    def number(value):
+        return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
+
+    for task in ("ioi", "greater-than", "addition"):
+        r = results(f"circuits/{task}")
+        for what, key in (("heads, ranked per sentence", "heads_for_0.9_per_sentence"),
+                          ("heads, ranked once", "heads_for_0.9_global"),
+                          ("edges by effect", "edges_for_0.9"),
+                          ("edges by sum of scores", "edges_for_0.9_cumulative")):
+            row = f"| | {what} | {number(r['dense'][key])} | {number(r['sparse'][key])} | {r['ratio'][key]:.1f}"
+            assert row in README, row
+        accuracy = f"| accuracy | {r['dense']['accuracy']:.1%} | {r['sparse']['accuracy']:.1%} | |"
+        assert f"{r['dense']['n']} prompts {accuracy}" in README
+
+
+def test_the_cost_of_edge_attribution_is_the_result_file():
+    r = results("eap")
+    assert f"{r['seconds_ours']:.1f} s" in README and f"{r['ratio']:.0f} times" in README
+    assert r["ratio"] >= 5 and r["mib_ours"] < 2048 and r["largest_difference"] < 1e-5
