@@ -216,7 +216,7 @@ def edge_scores(model, clean, corrupt, metric, qkv="split", ig_steps=0):
     graph = Graph(model.config, qkv)
     with torch.no_grad():
         one, two = observe(model, clean), observe(model, corrupt)
-        change = (written(model, two) - written(model, one)).transpose(0, 1).flatten(2)  # (N, S, T C)
+        change = written(model, two).sub_(written(model, one)).transpose(0, 1).flatten(2)  # (N, S, T C)
     scores = torch.zeros(len(clean), *graph.edges.shape, dtype=change.dtype, device=change.device)
     for k in range(max(1, ig_steps)):
         share = (k + 0.5) / ig_steps if ig_steps else 1.0
@@ -394,6 +394,20 @@ def patch_edges(model, graph, clean, corrupt, edges, ablation="resample"):
         return t
 
     return model(clean, tap=tap)[0]
+
+
+def exact_edges(model, graph, clean, corrupt, metric):
+    """(S, V): metric(edge corrupted) - metric(clean), the mean over prompts, of every edge.
+
+    One forward pass an edge: for small graphs, and to see what the estimates are worth.
+    """
+    effects = torch.zeros(graph.edges.shape)
+    full = metric(model(clean)[0])
+    for u, v in tqdm(graph.edges.nonzero().tolist(), desc="edges", disable=None, leave=False):
+        kept = graph.edges.clone()
+        kept[u, v] = False
+        effects[u, v] = (metric(patch_edges(model, graph, clean, corrupt, kept)) - full).mean().detach()
+    return effects
 
 
 def circuit(graph, value, n):

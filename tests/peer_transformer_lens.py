@@ -71,7 +71,7 @@ def main(flags):
     torch.manual_seed(0)
     open_folder(flags.out)
     model = Transformer(Config(n_layer=flags.n_layer, n_head=flags.n_head, n_embd=flags.n_embd,
-                               vocab_size=50257, init_std=0.1)).eval().requires_grad_(False)
+                               vocab_size=50257)).eval().requires_grad_(False)
     clean, corrupt = torch.randint(50257, (2, flags.prompts, flags.tokens))
     right, wrong = torch.randint(50257, (2, flags.prompts))
     rows = torch.arange(flags.prompts)

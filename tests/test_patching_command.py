@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model import Config, Transformer
-from patching import Flags, first_above, grid, interval, main
+from patching import Flags, edge_attribution, exact_edges, first_above, grid, interval, main
 from plumbing.flags import parse
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -71,6 +71,21 @@ def test_the_command_line_exits_with_2(pair):
     done = subprocess.run([sys.executable, os.path.join(ROOT, "patching.py"), "--dense",
                            str(pair / "dense.pt")], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--sparse" in done.stderr
+
+
+def test_estimates_are_the_exact_effects_of_small_changes():
+    """Prompts that differ by a small change of the embedding: to first order EAP is exact."""
+    torch.manual_seed(0)
+    model = Transformer(Config(**TOY | dict(vocab_size=14))).double().requires_grad_(False)
+    model.wte.weight[13] = model.wte.weight[3] + 1e-4 * torch.randn(16)  # token 13 is nearly token 3
+    clean = torch.randint(13, (4, 11))
+    clean[:, 2] = 3
+    corrupt = clean.clone()
+    corrupt[:, 2] = 13
+    metric = lambda logits: logits[:, -1, 1] - logits[:, -1, 2]
+    scores, graph = edge_attribution(model, clean, corrupt, metric)
+    exact = exact_edges(model, graph, clean, corrupt, metric)
+    assert (scores - exact).abs().max() < 1e-3 * exact.abs().max() and exact.abs().max() > 0
 
 
 def test_sizes_and_intervals():
