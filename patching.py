@@ -215,12 +215,16 @@ def edge_scores(model, clean, corrupt, metric, qkv="split", ig_steps=0):
     check_pair(model, clean, corrupt)
     graph = Graph(model.config, qkv)
     with torch.no_grad():
-        one, two = observe(model, clean), observe(model, corrupt)
-        change = written(model, two).sub_(written(model, one)).transpose(0, 1).flatten(2)  # (N, S, T C)
+        run = observe(model, corrupt)
+        change, corrupted = written(model, run), run.embed
+        run = observe(model, clean)  # one run in memory at a time: long prompts
+        change, embed = change.sub_(written(model, run)), run.embed
+        change = change.transpose(0, 1).flatten(2)  # (N, S, T C)
+        del run
     scores = torch.zeros(len(clean), *graph.edges.shape, dtype=change.dtype, device=change.device)
     for k in range(max(1, ig_steps)):
         share = (k + 0.5) / ig_steps if ig_steps else 1.0
-        run = observe(model, clean, two.embed + share * (one.embed - two.embed), held=True)
+        run = observe(model, clean, corrupted + share * (embed - corrupted), held=True)
         for columns, g in gradients(model, graph, run, metric):  # g (N, v, T, C)
             before = int(graph.edges[:, columns].any(1).sum())  # sources come in the order of writing
             scores[:, :before, columns] += change[:, :before] @ g.flatten(2).mT
@@ -622,9 +626,10 @@ def draw_heads(shown, results, path):
         axis.set(title=f"ranked {'for each sentence' if how != 'global' else 'once for all'}: "
                        + said(results["ratio"][key]), xlabel="attention heads kept", ylim=(-0.25, 1.4))
         axis.set_xscale("symlog", linthresh=1)
+        axis.set_xlim(-0.2, 1.2 * max(s["counts"][-1] for s in shown.values()))
         axis.xaxis.set_major_formatter("{x:g}")
     figure.axes[0].set_ylabel("explained effect")
-    figure.axes[0].legend(loc="lower right")
+    figure.axes[0].legend(loc="upper left")
     save_figure(figure, path)
 
 
@@ -745,8 +750,8 @@ def draw_tokens(model, task, labels, path):
     axis.plot(x.ravel(), y.ravel(), "o", color="black", markersize=2)
     axis.set_xticks(range(T), labels, rotation=60, ha="right", fontsize=8)
     axis.set(ylabel="layer", yticks=range(0, L + 1, max(1, L // 8)),
-             title=f"{counts['open in both']} gates open in both runs, {counts['closes']} close, "
-                   f"{counts['opens']} open, {counts['shut in both']:,} shut in both: exactly 0")
+             title=f"{counts['open in both']:,} gates open in both runs, {counts['closes']:,} close, "
+                   f"{counts['opens']:,} open, {counts['shut in both']:,} shut in both: exactly 0")
     save_figure(figure, path)
     return counts
 

@@ -419,6 +419,7 @@ def measure(shape, impls, rounds, dtype):
 def draw(table, impls, path):
     """Time and memory against T, one sequence of 12 heads, both axes logarithmic."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     from plumbing.flags import save_figure
 
@@ -431,6 +432,7 @@ def draw(table, impls, path):
         axis.set(xscale="log", yscale="log", xlabel="tokens T, 1 sequence of 12 heads x 64", ylabel=label)
         axis.set_xticks(sorted({row["T"] for row in table}))
         axis.xaxis.set(major_formatter="{x:g}", minor_formatter="")
+        axis.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
         axis.grid(alpha=0.3)
     figure.axes[0].legend()
     save_figure(figure, path)
