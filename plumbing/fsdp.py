@@ -53,6 +53,10 @@ def process_group(device, on_failure):
         sys.stdout = open(os.devnull, "w")
     try:
         yield device
+        leave()
+    except SystemExit:  # the end of a sitting, or Ctrl-C: of all ranks at the same step
+        leave()
+        raise
     except (ValueError, OSError):
         leaving.set()
         raise
@@ -61,6 +65,11 @@ def process_group(device, on_failure):
             leaving.set()
             raise OSError(on_failure) from None
         raise
+
+
+def leave():
+    """Together: a rank that ends with the group still open is aborted by its threads."""
+    wait()
     dist.destroy_process_group()
 
 
