@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from plumbing import hub, lora
 from plumbing.flags import open_folder, replace_text
+from plumbing.plan import KNOWN
 from sparse import fold_in, gated_attention, sequence_seeds
 
 # -----------------------------------------------------------------------------
@@ -329,15 +330,7 @@ def read_checkpoint(name_or_path):
                                  "--adapter with the adapter.safetensors beside it")
             return settings, content["model"]
         return from_nanogpt(path, content)
-    try:
-        with open(os.path.join(path, "config.json")) as f:
-            settings = json.load(f)
-    except FileNotFoundError:
-        raise ValueError(f"{path} has no config.json: give a Hugging Face folder (config.json + "
-                         "model.safetensors), a checkpoint file or a hub name") from None
-    except ValueError:
-        raise ValueError(f"{path}/config.json is not valid JSON: get it again") from None
-    return from_hugging_face(path, settings, hub.read_weights(path))
+    return from_hugging_face(path, read_json(path), hub.read_weights(path))
 
 
 def from_hugging_face(source, settings, weights):
@@ -352,6 +345,31 @@ def from_hugging_face(source, settings, weights):
     if fields["tied_head"] and "wte.weight" in weights and not same_head(weights):
         raise ValueError(f"{source} has an lm_head.weight of its own, but its config.json ties it")
     return fields, weights
+
+
+def read_config(name_or_path):
+    """The Config alone; a name in plumbing/plan.py's KNOWN needs no download."""
+    if os.path.isfile(name_or_path):
+        return Config(**read_checkpoint(name_or_path)[0])
+    settings = KNOWN.get(name_or_path)
+    if settings is None:
+        folder = name_or_path
+        if not os.path.isdir(folder):
+            folder = os.path.dirname(hub.download(folder, "config.json"))
+        settings = read_json(folder)
+    return Config(**from_hugging_face(name_or_path, settings, {})[0])
+
+
+def read_json(folder):
+    """config.json of a Hugging Face folder."""
+    try:
+        with open(os.path.join(folder, "config.json")) as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no config.json: give a Hugging Face folder (config.json + "
+                         "model.safetensors), a checkpoint file or a hub name") from None
+    except ValueError:
+        raise ValueError(f"{folder}/config.json is not valid JSON: get it again") from None
 
 
 def check_names(source, weights, wanted):

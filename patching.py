@@ -25,6 +25,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import addition_toy
 from model import Transformer, rope_frequencies, rotate
 from plumbing import tasks, tokens
 from plumbing.flags import open_folder, replace, run, save_figure, write_results
@@ -796,7 +797,7 @@ class Flags:
 
 
 def load(flags):
-    """({"dense": model, "sparse": model}, tokenizer or None)."""
+    """({"dense": model, "sparse": model}, tokenizer); of addition the module itself, for its problems."""
     if not flags.sparse:
         raise ValueError("give --sparse, the post-trained model to compare with --dense")
     models = {"dense": Transformer.from_pretrained(flags.dense, sparse=False),
@@ -807,7 +808,7 @@ def load(flags):
     sizes = [m.config.vocab_size for m in models.values()]
     if sizes[0] != sizes[1]:
         raise ValueError(f"--dense has {sizes[0]} tokens and --sparse {sizes[1]}: not of one family")
-    tok = None
+    tok = addition_toy
     if flags.task != "addition":
         tok = tokens.tokenizer(tokens.name_for(sizes[0], flags.tokenizer, flags.dense))
     return {name: m.eval().requires_grad_(False).to(flags.device) for name, m in models.items()}, tok
@@ -855,7 +856,7 @@ def main(flags):
         results["interval"][key] = interval([None if None in pair else pair[0] / pair[1]
                                              for pair in zip(dense, sparse)])
 
-    labels = [tok.decode([i]) if tok else "0123456789+=?"[i] for i in task.clean[0].tolist()]
+    labels = [tok.CHARACTERS[i] if tok is addition_toy else tok.decode([i]) for i in task.clean[0].tolist()]
     best = {name: [f"a{n // s['value'].shape[1]}.h{n % s['value'].shape[1]}" for n in
                    (s["value"] - s["empty"].mean()).abs().flatten().argsort(descending=True)[:6].tolist()]
             for name, s in shown.items()}

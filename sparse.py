@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -274,7 +275,7 @@ def implementation(impl, q):
             if not fits or not (q.is_cuda or INTERPRETED):
                 raise ValueError("impl='triton' needs tensors on a GPU, float32 or shorter, and heads of "
                                  f"at most 128: got {q.device.type}, {q.dtype}, {q.shape[-1]}")
-            return triton_gated, q.dtype
+            return partial(triton_gated, noise_keys=noise_keys), q.dtype
     return naive if impl == "naive" else chunked, torch.promote_types(q.dtype, torch.float32)
 
 

@@ -36,7 +36,7 @@ from matplotlib.ticker import LogFormatter
 from tqdm import tqdm
 
 from geco import GECO
-from model import Config, Transformer, read_model
+from model import Config, Transformer, read_config, read_model
 from plumbing import fsdp, lora, plan, tokens
 from plumbing.flags import Log, open_folder, run, save_figure, write_results
 from plumbing.hub import read_pickle, read_safetensors, write_pickle
@@ -667,7 +667,9 @@ def benchmark(flags):
 def main(flags):
     flags.out = flags.out or flags.resume or default_out(flags)
     if flags.dry_run:
-        return plan.show(flags)
+        if flags.init == "scratch":
+            raise ValueError("--dry-run needs an --init: a hub name, a folder or a checkpoint")
+        return plan.show(flags, Transformer, changed(read_config(flags.init), sparse=flags.sparse))
     if not flags.fsdp:
         return work(flags)
     failed = (f"this rank ends because another one has failed; the last checkpoint is in {flags.out}: "

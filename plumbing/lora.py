@@ -44,6 +44,12 @@ def add(model, rank, mlp=False, seed=0):
     return first
 
 
+def count(model, rank, mlp=False):
+    """How many numbers `add` would train."""
+    shapes = [m.weight.shape for name, m in model.named_modules() if name.endswith(ATTENTION + MLP * mlp)]
+    return sum(rank * (n_out + n_in) for n_out, n_in in shapes)
+
+
 def fingerprint(weights):
     """A number of the base: the first 1,024 values of each tensor."""
     crc = 0

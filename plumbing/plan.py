@@ -4,16 +4,14 @@ Everything is counted on tensors that have shapes and no memory: the parameters 
 and what its forward pass keeps for the backward pass.
 """
 
-import json
-import os
 import time
+from dataclasses import replace
 
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from model import Config, Transformer, from_hugging_face, read_checkpoint
-from plumbing import hub, lora
+from plumbing import lora
 from plumbing.flags import open_folder, write_results
 
 LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -34,29 +32,11 @@ KNOWN = {  # config.json of what needs no download
 }
 
 
-def config_of(init, sparse=True):
-    """The Config of a known name, a local folder, a checkpoint, or a hub name, without weights."""
-    if init in KNOWN:
-        settings = KNOWN[init]
-    elif os.path.isfile(init):
-        return Config(**read_checkpoint(init)[0] | {"sparse": sparse})
-    else:
-        folder = init if os.path.isdir(init) else os.path.dirname(hub.download(init, "config.json"))
-        with open(os.path.join(folder, "config.json")) as f:
-            settings = json.load(f)
-    return Config(**from_hugging_face(init, settings, {})[0] | {"sparse": sparse})
-
-
-def meta_model(config):
-    with torch.device("meta"):
-        return Transformer(config)
-
-
-def saved_bytes(config, context, half):
+def saved_bytes(make_model, config, context, half):
     """Bytes that autograd saves in one forward pass of one sequence, each storage once."""
     with FakeTensorMode(allow_non_fake_inputs=True):  # constants of the code
         torch.set_default_dtype(torch.bfloat16 if half else torch.float32)
-        model, held = Transformer(config), {}
+        model, held = make_model(config), {}
         torch.set_default_dtype(torch.float32)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
 
@@ -70,7 +50,7 @@ def saved_bytes(config, context, half):
         return sum(t.untyped_storage().nbytes() for key, t in held.items() if key not in own)
 
 
-def activation_bytes(config, context, half=False):
+def activation_bytes(make_model, config, context, half=False):
     """Peak bytes a sequence, beyond weights and gradients, of a forward and backward pass:
     (as it is, with --recompute).
 
@@ -78,21 +58,20 @@ def activation_bytes(config, context, half=False):
     logits and two gradients of their float32 form. With --recompute every block keeps its input, and
     the one that runs again all of its own.
     """
-    one, two = (saved_bytes(Config(**vars(config) | {"n_layer": n}), context, half) for n in (1, 2))
+    one, two = (saved_bytes(make_model, replace(config, n_layer=n), context, half) for n in (1, 2))
     width = 2 if half else 4  # bytes a number
     end = context * config.vocab_size * (width + 2 * 4)
     return [one + (config.n_layer - 1) * layer + end
             for layer in (two - one, context * config.n_embd * width)]
 
 
-def memory(config, flags, world, half, per_sequence):
-    """Bytes on each of `world` ranks, by purpose, of train.py's FSDP run."""
-    model = meta_model(config)
+def memory(model, flags, world, half, per_sequence):
+    """Bytes on each of `world` ranks, by purpose, of train.py's FSDP run of a model on meta."""
+    config = model.config
     n = trained = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.h[0].parameters())
     if flags.lora:
-        with torch.device("meta"):
-            trained = sum(t.numel() for t in lora.add(model, flags.lora, flags.lora_mlp).values())
+        trained = lora.count(model, flags.lora, flags.lora_mlp)
     width = 2 if half else 4  # bytes a number, where the blocks compute
     root = n - config.n_layer * block
     batch = max(1, flags.batch_size // world)
@@ -107,15 +86,14 @@ def memory(config, flags, world, half, per_sequence):
         "batch": batch, "parameters": n, "trained": trained}
 
 
-def show(flags):
+def show(flags, make_model, config):
     """Print, and write to --out, the memory per rank on 1, 2, 4 and 8 ranks."""
-    started = time.time()
-    if flags.init == "scratch":
-        raise ValueError("--dry-run needs an --init: a hub name, a folder or a checkpoint")
-    config, half = config_of(flags.init, flags.sparse), flags.dtype != "float32"
+    started, half = time.time(), flags.dtype != "float32"
+    with torch.device("meta"):
+        model = make_model(config)
     context = flags.context or min(1024, config.block_size)
-    per_sequence = activation_bytes(config, context, half)
-    rows = {world: memory(config, flags, world, half, per_sequence) for world in (1, 2, 4, 8)}
+    per_sequence = activation_bytes(make_model, config, context, half)
+    rows = {world: memory(model, flags, world, half, per_sequence) for world in (1, 2, 4, 8)}
     first, gib = rows[1], 2**30
     print(f"{flags.init}: {first['parameters']:,} parameters, {first['trained']:,} trained; "
           f"{config.n_layer} layers, {config.n_head} heads ({config.n_kv_head} key-value heads) of "

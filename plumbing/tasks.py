@@ -42,7 +42,8 @@ class Task:
 def make(name, tok, n, seed=0, corrupt=None, **options):
     """A Task of exactly n different prompts, a function of the arguments. Impossible: ValueError.
 
-    tok: a tokenizer; None for addition. corrupt: see CORRUPTIONS, the first is the default.
+    tok: a tokenizer; for addition the module addition_toy. corrupt: see CORRUPTIONS, the first is
+    the default.
     options: length=16 of induction, tokens before the repetition.
     """
     if name not in GENERATORS:
@@ -52,8 +53,6 @@ def make(name, tok, n, seed=0, corrupt=None, **options):
         raise ValueError(f"{name} has no corruption {corrupt!r}, only {', '.join(CORRUPTIONS[name])}")
     if type(n) is not int or n < 1:
         raise ValueError(f"the number of prompts must be a positive integer, not {n!r}")
-    if tok is None and name != "addition":
-        raise ValueError(f"{name} needs a tokenizer")
     return GENERATORS[name](tok, n, random.Random(seed), corrupt, **options)
 
 
@@ -280,9 +279,7 @@ def induction(tok, n, draws, corrupt, length=16):
 # addition
 
 
-def addition(tok, n, draws, corrupt):
-    import addition_toy as toy
-
+def addition(toy, n, draws, corrupt):
     idx, targets = toy.problems()
     if n > len(idx):
         raise ValueError(f"addition has {len(idx)} problems, not {n}")

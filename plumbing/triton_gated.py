@@ -20,8 +20,6 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from sparse import noise_keys
-
 
 @triton.jit
 def logits_and_gates(q, k, i, j, start, stride, column, T, scale, bias,
@@ -183,18 +181,18 @@ backward_kv = tuned(backward_kv_kernel, *BACKWARD_KV)
 
 class Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, bias, seeds, causal):
+    def forward(ctx, q, k, v, bias, seeds, causal, noise_keys):
         q, k, v = (x.contiguous() for x in (q, k, v))
         (B, H, T, D), group = q.shape, q.shape[1] // k.shape[1]
         y = torch.empty_like(q)
         lse, prob, opened = torch.empty(3, B, H, T, device=q.device)
-        start, stride, column = keys(seeds, H, T, q)
+        start, stride, column = keys(noise_keys, seeds, H, T, q)
         forward[lambda block: (triton.cdiv(T, block["BM"]), B * H)](
             q, k, v, y, lse, prob, opened, start, stride, column, T, 1 / math.sqrt(D), bias, H, group,
             causal, seeds is not None, D, max(16, triton.next_power_of_2(D)))
         pairs = T * (T + 1) // 2 if causal else T * T
         ctx.save_for_backward(q, k, v, y, lse, seeds)
-        ctx.bias, ctx.causal, ctx.pairs = bias, causal, pairs
+        ctx.bias, ctx.causal, ctx.pairs, ctx.noise_keys = bias, causal, pairs, noise_keys
         share = opened.sum(-1) / pairs
         ctx.mark_non_differentiable(share)
         return y, prob.sum(-1) / pairs, share
@@ -207,15 +205,15 @@ class Gated(torch.autograd.Function):
         dy, r = dy.contiguous(), (dE / ctx.pairs).contiguous()
         delta = (dy.float() * y.float()).sum(-1)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        inputs = (q, k, v, dy, lse, delta, r, *keys(seeds, H, T, q))
+        inputs = (q, k, v, dy, lse, delta, r, *keys(ctx.noise_keys, seeds, H, T, q))
         how = (T, 1 / math.sqrt(D), ctx.bias, H, H // G, ctx.causal, seeds is not None, D,
                max(16, triton.next_power_of_2(D)))
         backward_q[lambda block: (triton.cdiv(T, block["BM"]), B * H)](*inputs, dq, *how)
         backward_kv[lambda block: (triton.cdiv(T, block["BN"]), B * G)](*inputs, dk, dv, *how)
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None, None, None
 
 
-def keys(seeds, H, T, q):
+def keys(noise_keys, seeds, H, T, q):
     """sparse.noise_keys; without seeds the kernels only need something to point at."""
     if seeds is None:
         nothing = torch.zeros(len(q) * H * T, dtype=torch.int32, device=q.device)
@@ -223,6 +221,9 @@ def keys(seeds, H, T, q):
     return [numbers.contiguous() for numbers in noise_keys(seeds, H, T)]
 
 
-def triton_gated(q, k, v, bias, seeds, causal):
-    """sparse.naive for q (B, H, T, D), k and v (B, H_kv, T, D) in their own dtype, on a GPU."""
-    return Gated.apply(q, k, v, bias, seeds, causal)
+def triton_gated(q, k, v, bias, seeds, causal, noise_keys):
+    """sparse.naive for q (B, H, T, D), k and v (B, H_kv, T, D) in their own dtype, on a GPU.
+
+    noise_keys: sparse.noise_keys, the rows and columns of the hash.
+    """
+    return Gated.apply(q, k, v, bias, seeds, causal, noise_keys)

@@ -79,8 +79,8 @@ def refused(match, *args, **options):
 def every(n=20, seed=0):
     for name, tok in (("ioi", Words()), ("greater-than", Words()), ("greater-than", Digits()),
                       ("greater-than", BYTES), ("induction", Closed()), ("induction", BYTES),
-                      ("addition", None)):
-        more = {"length": 5} if tok and tok.name == "closed" else {}
+                      ("addition", toy)):
+        more = {"length": 5} if tok is not toy and tok.name == "closed" else {}
         for corrupt in tasks.CORRUPTIONS[name]:
             yield tok, tasks.make(name, tok, n, seed, corrupt, **more)
 
@@ -96,7 +96,7 @@ def test_shapes_counts_and_no_prompt_twice():
         assert task.clean.dtype == task.corrupt.dtype == torch.int64 and task.made >= task.kept
         assert len(task.clean.unique(dim=0)) == 20 and all(changes(task))
         assert 0 < task.floor < 1 and task.units and "corrupt:" in task.about and "\n" not in task.about
-        if tok and tok.bos is not None:
+        if tok is not toy and tok.bos is not None:
             assert (task.clean[:, 0] == 0).all() and (task.corrupt[:, 0] == 0).all()
             assert (task.clean[:, 1:] > 1).all() and (task.corrupt[:, 1:] > 1).all()  # no special ones
 
@@ -109,7 +109,7 @@ def test_the_seed_decides():
 
 def test_rows_choose_the_prompts_the_logits_are_of():
     for tok, task in every():
-        vocab = 13 if tok is None else 4000 if isinstance(tok, Words) else 257
+        vocab = 13 if tok is toy else 4000 if isinstance(tok, Words) else 257
         logits = torch.randn(20, task.clean.shape[1], vocab, generator=torch.Generator().manual_seed(0))
         whole, right = task.metric(logits), task.correct(logits)
         assert whole.shape == right.shape == (20,) and right.dtype == torch.bool
@@ -122,7 +122,7 @@ def test_rows_choose_the_prompts_the_logits_are_of():
 
 def test_metrics_have_a_gradient_and_keep_float64():
     for tok, task in every(n=2):
-        vocab = 13 if tok is None else 4000
+        vocab = 13 if tok is toy else 4000
         logits = torch.randn(2, task.clean.shape[1], vocab, dtype=torch.float64, requires_grad=True)
         task.metric(logits).sum().backward()
         assert logits.grad.any() and task.metric(logits).dtype == torch.float64
@@ -133,12 +133,11 @@ def test_what_can_not_be_made_is_said_in_one_line(words):
     refused("unknown task 'iio', there are: ioi, greater-than", "iio", words, 5)
     refused("ioi has no corruption 'abd', only abc, flip", "ioi", words, 5, corrupt="abd")
     refused("positive integer, not 0", "ioi", words, 0)
-    refused("ioi needs a tokenizer", "ioi", None, 5)
     refused("5 names of one token each, the tokenizer bytes has 0.*induction", "ioi", BYTES, 5)
     refused("years cuts the year 1737 neither into 17 and 37", "greater-than", Years(), 5)
     refused("from 2 to the 9 usable tokens of the tokenizer closed, not 16", "induction", Closed(), 5)
     refused("only about 72 different prompts .* not 5000", "induction", Closed(), 5000, length=2)
-    refused("10000 problems, not 10001", "addition", None, 10001)
+    refused("10000 problems, not 10001", "addition", toy, 10001)
 
 
 # -----------------------------------------------------------------------------
@@ -255,7 +254,7 @@ def test_induction_metric_and_share_right():
 
 
 def test_addition_prompts():
-    task = tasks.make("addition", None, 500)
+    task = tasks.make("addition", toy, 500)
     idx, _ = toy.problems()
     assert set(changes(task)) == {1}
     where = (task.clean != task.corrupt).nonzero()[:, 1]
@@ -263,11 +262,11 @@ def test_addition_prompts():
     for rows in (task.clean, task.corrupt):
         x, y = rows[:, 0] * 10 + rows[:, 1], rows[:, 3] * 10 + rows[:, 4]
         assert torch.equal(idx[100 * x + y], rows)
-    assert len(tasks.make("addition", None, 10000).clean) == 10000
+    assert len(tasks.make("addition", toy, 10000).clean) == 10000
 
 
 def test_addition_metric():
-    task = tasks.make("addition", None, 6)
+    task = tasks.make("addition", toy, 6)
     logits = torch.zeros(6, 11, 13)
     logits[..., 10:] = -7.0  # + = ? are no digits
     for row, (a, b, _, c, d, *_) in enumerate(task.clean.tolist()):
