@@ -341,7 +341,8 @@ class Flags:
 
 
 # B, H, H_kv, T of heads of 64. The shapes of GPT-2 small and medium, LLaMA-1B and a long context
-ON_CPU = [(B, 12, 12, T) for T in (256, 512, 1024) for B in (1, 4)] + [(1, 12, 12, 4096)]
+ON_CPU = [(B, 12, 12, T) for T in (256, 512, 1024) for B in (1, 4)] + [
+    (1, 16, 16, 1024), (1, 32, 8, 1024), (1, 12, 12, 4096)]
 ON_GPU = [(1, 12, 12, T) for T in (256, 512, 1024, 2048, 4096, 8192)] + [
     (16, 12, 12, 1024), (16, 16, 16, 1024), (16, 32, 8, 1024), (2, 32, 8, 4096)]
 
@@ -428,7 +429,7 @@ def draw(table, impls, path):
     for axis, key, label in zip(figure.subplots(1, 2), ("ms", "mib"), (
             "forward + backward (ms)", "memory beyond the inputs (MiB)")):
         for impl in impls:
-            rows = [row for row in table if row["B"] == 1 and row.get(f"{key}_{impl}")]
+            rows = [row for row in table if (row["B"], row["H"]) == (1, 12) and row.get(f"{key}_{impl}")]
             axis.plot([row["T"] for row in rows], [row[f"{key}_{impl}"] for row in rows], "o-", label=impl)
         axis.set(xscale="log", yscale="log", xlabel="tokens T, 1 sequence of 12 heads x 64", ylabel=label)
         axis.set_xticks(sorted({row["T"] for row in table}))

@@ -7,10 +7,10 @@ gate is applied to its unnormalised weights, for the sum counts shut edges too. 
 the rows' log-sum-exp and the seeds; the backward kernels compute the blocks again:
 
     a = exp(s - lse),  dA = dy V^T,  ds = a ((A + slope) dA - dy . y) + r p (1 - p)
-    dQ = ds K,  dK = ds^T Q,  dV = (A a)^T dy,  r = dE / pairs
+    dQ = ds K,  dK = ds^T Q,  dV = (A a)^T dy,  r = d(sum of p)
 
-Nothing is added up by atomics, so results are the same in every run. Products of float32 inputs are
-exact float32 (not TF32), those of bfloat16 and float16 accumulate in float32.
+Nothing is added up by atomics, so equal blocks give equal bits; which blocks is timed at the first
+call. Products of float32 inputs are float32 (not TF32), shorter ones accumulate in float32.
 """
 
 import math
@@ -18,7 +18,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 
 @triton.jit
@@ -179,46 +179,63 @@ backward_q = tuned(backward_q_kernel, *BACKWARD_Q)
 backward_kv = tuned(backward_kv_kernel, *BACKWARD_KV)
 
 
-class Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, bias, seeds, causal, noise_keys):
-        q, k, v = (x.contiguous() for x in (q, k, v))
-        (B, H, T, D), group = q.shape, q.shape[1] // k.shape[1]
-        y = torch.empty_like(q)
-        lse, prob, opened = torch.empty(3, B, H, T, device=q.device)
-        start, stride, column = keys(noise_keys, seeds, H, T, q)
-        forward[lambda block: (triton.cdiv(T, block["BM"]), B * H)](
-            q, k, v, y, lse, prob, opened, start, stride, column, T, 1 / math.sqrt(D), bias, H, group,
-            causal, seeds is not None, D, max(16, triton.next_power_of_2(D)))
-        pairs = T * (T + 1) // 2 if causal else T * T
-        ctx.save_for_backward(q, k, v, y, lse, seeds)
-        ctx.bias, ctx.causal, ctx.pairs, ctx.noise_keys = bias, causal, pairs, noise_keys
-        share = opened.sum(-1) / pairs
-        ctx.mark_non_differentiable(share)
-        return y, prob.sum(-1) / pairs, share
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dE, _):
-        q, k, v, y, lse, seeds = ctx.saved_tensors
-        (B, H, T, D), G = q.shape, k.shape[1]
-        dy, r = dy.contiguous(), (dE / ctx.pairs).contiguous()
-        delta = (dy.float() * y.float()).sum(-1)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        inputs = (q, k, v, dy, lse, delta, r, *keys(ctx.noise_keys, seeds, H, T, q))
-        how = (T, 1 / math.sqrt(D), ctx.bias, H, H // G, ctx.causal, seeds is not None, D,
-               max(16, triton.next_power_of_2(D)))
-        backward_q[lambda block: (triton.cdiv(T, block["BM"]), B * H)](*inputs, dq, *how)
-        backward_kv[lambda block: (triton.cdiv(T, block["BN"]), B * G)](*inputs, dk, dv, *how)
-        return dq, dk, dv, None, None, None, None
+# As operators of torch: torch.compile takes them whole, and asks the fake ones for shapes.
 
 
-def keys(noise_keys, seeds, H, T, q):
-    """sparse.noise_keys; without seeds the kernels only need something to point at."""
-    if seeds is None:
-        nothing = torch.zeros(len(q) * H * T, dtype=torch.int32, device=q.device)
-        return nothing, nothing, nothing
-    return [numbers.contiguous() for numbers in noise_keys(seeds, H, T)]
+def room(q):
+    """y, like q, and of every row (B, H, T): its log-sum-exp, sum of p and number of open gates."""
+    return torch.empty_like(q), *(q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(3))
+
+
+def how(q, k, bias, causal, sampled):
+    """The last arguments of all three kernels, but for the sizes of their blocks."""
+    (_, H, T, D), G = q.shape, k.shape[1]
+    return T, 1 / math.sqrt(D), bias, H, H // G, causal, sampled, D, max(16, triton.next_power_of_2(D))
+
+
+@torch.library.custom_op("sparse_attention::gated", mutates_args=())
+def gated(q: Tensor, k: Tensor, v: Tensor, start: Tensor, stride: Tensor, column: Tensor, bias: float,
+          causal: bool, sampled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, log-sum-exp (B, H, T), and of each head (B, H): sum of p, number of open gates."""
+    (B, H, T, _), (y, lse, prob, opened) = q.shape, room(q)
+    forward[lambda block: (triton.cdiv(T, block["BM"]), B * H)](
+        q, k, v, y, lse, prob, opened, start, stride, column, *how(q, k, bias, causal, sampled))
+    return y, lse, prob.sum(-1), opened.sum(-1)
+
+
+@gated.register_fake
+def _(q, *_):
+    y, lse, prob, opened = room(q)
+    return y, lse, prob.sum(-1), opened.sum(-1)
+
+
+@torch.library.custom_op("sparse_attention::gated_backward", mutates_args=())
+def gated_backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, lse: Tensor, delta: Tensor, r: Tensor,
+                   start: Tensor, stride: Tensor, column: Tensor, bias: float, causal: bool,
+                   sampled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv."""
+    (B, H, T, _), inputs = q.shape, (q, k, v, dy, lse, delta, r, start, stride, column)
+    dq, dk, dv = map(torch.empty_like, (q, k, v))
+    rest = how(q, k, bias, causal, sampled)
+    backward_q[lambda block: (triton.cdiv(T, block["BM"]), B * H)](*inputs, dq, *rest)
+    backward_kv[lambda block: (triton.cdiv(T, block["BN"]), B * k.shape[1])](*inputs, dk, dv, *rest)
+    return dq, dk, dv
+
+
+def save(ctx, inputs, output):
+    (q, k, v, *keys, ctx.bias, ctx.causal, ctx.sampled), (y, lse, *_) = inputs, output
+    ctx.save_for_backward(q, k, v, y, lse, *keys)
+
+
+def backward(ctx, dy, _, dprob, __):
+    q, k, v, y, lse, *keys = ctx.saved_tensors
+    delta = (dy.float() * y.float()).sum(-1)
+    return *gated_backward(q, k, v, dy.contiguous(), lse, delta, dprob.contiguous(), *keys, ctx.bias,
+                           ctx.causal, ctx.sampled), *6 * [None]
+
+
+gated_backward.register_fake(lambda q, k, v, *_: tuple(map(torch.empty_like, (q, k, v))))
+gated.register_autograd(backward, setup_context=save)
 
 
 def triton_gated(q, k, v, bias, seeds, causal, noise_keys):
@@ -226,4 +243,9 @@ def triton_gated(q, k, v, bias, seeds, causal, noise_keys):
 
     noise_keys: sparse.noise_keys, the rows and columns of the hash.
     """
-    return Gated.apply(q, k, v, bias, seeds, causal, noise_keys)
+    B, H, T, _ = q.shape
+    sampled, pairs = seeds is not None, T * (T + 1) // 2 if causal else T * T
+    seeds = seeds if sampled else torch.zeros(B, dtype=torch.int64, device=q.device)  # nobody reads them
+    keys = noise_keys(seeds, H, T)
+    y, _, prob, opened = gated(*(x.contiguous() for x in (q, k, v, *keys)), bias, causal, sampled)
+    return y, prob / pairs, opened.detach() / pairs

@@ -1,5 +1,6 @@
 """The GPU kernel in Triton's interpreter, on the CPU: values and gradients against naive."""
 
+import json
 import os
 
 os.environ["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", "1")  # before triton is imported
@@ -7,11 +8,17 @@ os.environ["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", "1")  # befo
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 
-from sparse import gated_attention
+import model
+from model import Config, Transformer
+from plumbing import triton_gated
+from sparse import gated_attention, noise_keys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -55,10 +62,29 @@ def test_head_sizes_that_are_no_power_of_two():
     compare(20, 8, 2, 2, 0.0, 5, True)
 
 
+@pytest.fixture
+def bfloat16_products(monkeypatch):
+    """Triton 3.9's interpreter multiplies the bits of bfloat16 as integers; this mends it."""
+    builder = interpreter.InterpreterBuilder
+    dot = builder.create_dot
+
+    def exact(self, a, b, *rest):
+        a, b = (interpreter.TensorHandle(self.cast_impl(x, tl.float32).data, tl.float32)
+                if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(builder, "create_dot", exact)
+
+
 @pytest.mark.parametrize("seed", [None, 7])
-def test_half_precision(seed):
-    """float16 only: Triton 3.9's interpreter gets products of bfloat16 wrong, whatever the kernel."""
+def test_float16(seed):
     compare(64, 16, 2, 2, 0.5, seed, True, torch.float16, tolerance=2e-3)
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+@pytest.mark.parametrize("D", [64, 128])
+def test_bfloat16(bfloat16_products, D, seed):
+    compare(130, D, 4, 2, 0.5, seed, True, torch.bfloat16, tolerance=1e-2)
 
 
 def test_the_same_twice():
@@ -76,6 +102,97 @@ def test_what_the_kernel_can_not_do_is_refused_or_left_to_chunked():
             "q = torch.randn(1, 1, 4, 16); gated_attention(q, q, q, impl='triton')")
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "impl='triton' needs tensors on a GPU" in run.stderr
+
+
+# -----------------------------------------------------------------------------
+# inside a model, as train.py runs it
+
+
+@pytest.fixture
+def llama(monkeypatch):
+    """A random gated LLaMA with grouped queries, and a way to choose the form of its attention."""
+    torch.manual_seed(0)
+    net = Transformer(Config(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=64,
+                             n_inner=48, norm="rmsnorm", position="rope", mlp="swiglu", sparse=True,
+                             attention_bias=False, mlp_bias=False, init_std=0.1))
+    idx = torch.randint(50, (2, 21))
+
+    def gradients(impl, call=net, dtype=None):
+        monkeypatch.setattr(model, "gated_attention", partial(gated_attention, impl=impl))
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            logits, loss, edges = call(idx, idx, seed=3)
+        found = torch.autograd.grad(loss + edges.prob.mean(), list(net.parameters()))
+        return torch.cat([x.flatten().float() for x in (logits, *found)])
+
+    return net, gradients
+
+
+def error(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+def test_it_is_the_model_with_the_other_form(llama):
+    _, gradients = llama
+    assert error(gradients("triton"), gradients("chunked")) < 1e-5
+
+
+def test_autocast(llama, bfloat16_products):
+    """Of the same bfloat16 inputs chunked, in float32, makes the same gates; 0.008 apart is rounding."""
+    _, gradients = llama
+    kernel, reference = (gradients(impl, dtype=torch.bfloat16) for impl in ("triton", "chunked"))
+    assert error(kernel, reference) < 2e-2
+
+
+def test_activation_checkpointing(llama):
+    net, gradients = llama
+    kept = gradients("triton")
+    net.recompute = True
+    assert torch.equal(gradients("triton"), kept)
+
+
+def test_torch_compile(llama):
+    """One graph, without a break: the kernels are operators that the compiler takes whole."""
+    net, gradients = llama
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    assert error(gradients("triton", compiled), gradients("triton")) < 1e-5
+
+
+def test_the_operators_are_what_they_say():
+    q, k, v = (torch.randn(2, heads, 9, 16).requires_grad_() for heads in (4, 2, 2))
+    keys = [x.contiguous() for x in noise_keys(torch.tensor([5, 6]), 4, 9)]
+    torch.library.opcheck(triton_gated.gated, (q, k, v, *keys, 0.5, True, True))
+
+
+FSDP = """
+from functools import partial
+import model, train
+from plumbing.flags import run
+model.gated_attention = partial(model.gated_attention, impl={impl!r})
+run(train.main, train.Flags)
+"""
+
+
+def test_fsdp(tmp_path):
+    """Two ranks with the kernel go the way of one process without it."""
+    torch.manual_seed(0)
+    Transformer(Config(block_size=16, vocab_size=257, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48,
+                       norm="rmsnorm", position="rope", mlp="swiglu", attention_bias=False,
+                       mlp_bias=False)).save_pretrained(str(tmp_path / "base"))
+    (tmp_path / "text.txt").write_text("".join(f"{n} times {n} is {n * n}; " for n in range(2000)))
+    found = []
+    for impl, launch, how in (("chunked", [], []), ("triton", ["-m", "torch.distributed.run", "--standalone",
+                                                             "--nproc-per-node", "2"], ["--fsdp"])):
+        program = tmp_path / f"with_{impl}.py"
+        program.write_text(FSDP.format(impl=impl))
+        run = subprocess.run(
+            [sys.executable, *launch, str(program), *how, "--init", "base", "--data", "text.txt", "--out", impl,
+             "--steps", "2", "--batch-size", "2", "--context", "16", "--eval-every", "2", "--eval-sequences", "2",
+             "--threads", "1", "--device", "cpu", "--recompute"], cwd=tmp_path, capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"})
+        assert run.returncode == 0, run.stderr
+        found.append(json.loads((tmp_path / impl / "results.json").read_text()))
+    for key in ("ce_dense", "ce_last", "open_frac_last"):
+        assert found[1][key] == pytest.approx(found[0][key], rel=1e-4)
 
 
 # -----------------------------------------------------------------------------
