@@ -328,10 +328,11 @@ def head_patching(model, clean, corrupt, metric):
 
 
 @torch.no_grad()
-def keep_heads(model, clean, corrupt, kept):
-    """Logits of the clean run in which all heads but kept (N, n_layer, n_head) give their corrupt z."""
-    z = observe(model, corrupt).z
+def keep_heads(model, clean, z, kept):
+    """Logits of the clean run in which all heads but kept (N, n_layer, n_head) give their corrupt z.
 
+    z: that of observe(model, corrupt), per layer (N, T, H, D).
+    """
     def tap(name, t):
         if name.endswith(".z"):
             l = int(name[1:].split(".")[0])
@@ -346,16 +347,17 @@ def keep_heads(model, clean, corrupt, kept):
 
 
 @torch.no_grad()
-def patch_edges(model, graph, clean, corrupt, edges, ablation="resample"):
+def patch_edges(model, graph, clean, corrupt, edges, ablation="resample", target=None):
     """Logits (N, T, vocab) of the clean run in which every edge outside of `edges` is ablated.
 
     x_v = residual + sum over u not kept of (a_u^ablation - a_u^current): each destination reads a
     residual stream of its own. edges: bool (S, V). ablation: "resample" takes a_u of the corrupt run,
-    "mean" its mean over the N prompts at each position, "zero" 0.
+    "mean" its mean over the N prompts at each position, "zero" 0. target: what `ablated` returned, to
+    compute it once for many circuits.
     """
     check_pair(model, clean, corrupt)
-    target = written(model, observe(model, corrupt))
-    target = {"resample": target, "mean": target.mean(1, keepdim=True), "zero": target * 0}[ablation]
+    if target is None:
+        target = ablated(model, corrupt, ablation)
     config, seen = model.config, {}  # seen: of the layer that runs
     cut = (graph.edges & ~edges.cpu()).to(target).mT  # (V, S)
     moved = target.expand(-1, len(clean), -1, -1).clone()  # becomes a_u^ablation - a_u^current
@@ -401,17 +403,25 @@ def patch_edges(model, graph, clean, corrupt, edges, ablation="resample"):
     return model(clean, tap=tap)[0]
 
 
+@torch.no_grad()
+def ablated(model, corrupt, ablation):
+    """a_u^ablation of each source, (S, N or 1, T, C)."""
+    target = written(model, observe(model, corrupt))
+    return {"resample": target, "mean": target.mean(1, keepdim=True), "zero": target * 0}[ablation]
+
+
 def exact_edges(model, graph, clean, corrupt, metric):
     """(S, V): metric(edge corrupted) - metric(clean), the mean over prompts, of every edge.
 
     One forward pass an edge: for small graphs, and to see what the estimates are worth.
     """
     effects = torch.zeros(graph.edges.shape)
-    full = metric(model(clean)[0])
+    full, target = metric(model(clean)[0]), ablated(model, corrupt, "resample")
     for u, v in tqdm(graph.edges.nonzero().tolist(), desc="edges", disable=None, leave=False):
         kept = graph.edges.clone()
         kept[u, v] = False
-        effects[u, v] = (metric(patch_edges(model, graph, clean, corrupt, kept)) - full).mean().detach()
+        changed = metric(patch_edges(model, graph, clean, corrupt, kept, target=target))
+        effects[u, v] = (changed - full).mean().detach()
     return effects
 
 
@@ -507,6 +517,35 @@ def behaviour(name, model, task, flags):
     return full, empty, accuracy
 
 
+@torch.no_grad()
+def metrics_of_heads(model, task, order, counts, flags, progress):
+    """(counts, N): the metric with the first k heads of each prompt's order (N, heads) kept."""
+    found = []
+    for rows, (clean, corrupt, metric, _) in zip(order.split(rows_at_a_time(task, flags)), parts(task, flags)):
+        z, some = observe(model, corrupt).z, []
+        for k in tqdm(counts, desc=progress, disable=None, leave=False):
+            kept = torch.zeros(rows.shape, dtype=torch.bool).scatter_(1, rows[:, :k], True)
+            kept = kept.view(len(rows), model.config.n_layer, -1).to(flags.device)
+            some.append(metric(keep_heads(model, clean, z, kept)).cpu())
+        found.append(torch.stack(some))
+    return torch.cat(found, 1)
+
+
+@torch.no_grad()
+def metrics_of_circuits(model, graph, task, circuits, flags, progress):
+    """(circuits, N): the metric under each circuit; one that equals the last is not run again."""
+    found = []
+    for clean, corrupt, metric, _ in parts(task, flags):
+        target, some, last = ablated(model, corrupt, flags.ablation), [], None
+        for edges in tqdm(circuits, desc=progress, disable=None, leave=False):
+            if last is None or not torch.equal(edges, last):
+                logits = patch_edges(model, graph, clean, corrupt, edges, target=target)
+            some.append(metric(logits).cpu())
+            last = edges
+        found.append(torch.stack(some))
+    return torch.cat(found, 1)
+
+
 def analyse(name, model, task, again, flags):
     """Everything about one model: (results, what the figures need). again: the task's other draw."""
     full, empty, accuracy = behaviour(name, model, task, flags)
@@ -519,18 +558,9 @@ def analyse(name, model, task, again, flags):
     n_heads = value[0].numel()
     ranks = {"per sentence": value.flatten(1).argsort(1, descending=True)}
     ranks["global"] = value.flatten(1).mean(0).argsort(descending=True).expand(len(value), -1)
-    counts = sorted({*range(0, min(10, n_heads)), *(n - 1 for n in grid(n_heads + 1, flags.per_decade)),
-                     n_heads})
-    heads = {}
-    for how, order in ranks.items():
-        curve = []
-        for k in tqdm(counts, desc=f"{name}: heads kept", disable=None, leave=False):
-            kept = torch.zeros(len(order), n_heads, dtype=torch.bool).scatter_(1, order[:, :k], True)
-            kept, metrics = kept.view_as(value), []
-            for r, (clean, corrupt, metric, _) in zip(kept.split(rows_at_a_time(task, flags)), parts(task, flags)):
-                metrics.append(metric(keep_heads(model, clean, corrupt, r.to(flags.device))).cpu())
-            curve.append(torch.cat(metrics))
-        heads[how] = torch.stack(curve)  # (counts, N)
+    counts = [0, *grid(n_heads, flags.per_decade)]
+    heads = {how: metrics_of_heads(model, task, order, counts, flags, f"{name}: heads kept")
+             for how, order in ranks.items()}
 
     # edges: scores of each prompt, then circuits of the n largest
     scores = on_all(task, flags, lambda *pair: edge_scores(model, *pair, flags.qkv, flags.ig_steps)[0],
@@ -538,14 +568,9 @@ def analyse(name, model, task, again, flags):
     mean = scores.mean(0)
     other = on_all(again, flags, lambda *pair: edge_scores(model, *pair, flags.qkv, flags.ig_steps)[0])
     numbers = grid(len(graph), flags.per_decade)
-    curve, kept_nodes, kept_edges = [], [], []
-    for n in tqdm(numbers, desc=f"{name}: circuits", disable=None, leave=False):
-        edges = circuit(graph, mean.abs(), n)
-        kept_edges.append(int(edges.sum()))
-        kept_nodes.append(graph.nodes(edges))
-        curve.append(on_all(task, flags, lambda clean, corrupt, metric: metric(
-            patch_edges(model, graph, clean, corrupt, edges, flags.ablation))))
-    curve = torch.stack(curve)  # (numbers, N)
+    circuits = [circuit(graph, mean.abs(), n) for n in numbers]
+    kept_edges, kept_nodes = [int(c.sum()) for c in circuits], [graph.nodes(c) for c in circuits]
+    curve = metrics_of_circuits(model, graph, task, circuits, flags, f"{name}: circuits")
     f = [explained_effect(m, full, empty) for m in curve]
     flat = scores[:, graph.edges]  # (N, E)
     of_mean, of_each = cumulative(flat.mean(0)), cumulative(flat).mean(0)
@@ -560,17 +585,21 @@ def analyse(name, model, task, again, flags):
                "nodes_for_0.9": sum(kept_nodes[at]) if found else None,
                "edges_for_0.9_cumulative": needed(of_mean),
                "edges_for_0.9_cumulative_per_sentence": needed(of_each)}
+    results["curves"] = {"edges": numbers, "explained_effect_of_edges": f, "heads": counts}
     for how, m in heads.items():
-        results["heads_for_0.9_" + how.replace(" ", "_")] = first_above(
-            counts, [explained_effect(row, full, empty) for row in m])
+        how, of_heads = how.replace(" ", "_"), [explained_effect(row, full, empty) for row in m]
+        results["heads_for_0.9_" + how] = first_above(counts, of_heads)
+        results["curves"]["explained_effect_of_heads_" + how] = of_heads
     top = [set(x[graph.edges].abs().topk(results["edges_for_0.9_cumulative"]).indices.tolist())
            for x in (mean, other.mean(0))]
     results["jaccard_of_two_draws"] = len(top[0] & top[1]) / len(top[0] | top[1])
     if not flags.fast:
-        exact = [[explained_effect(on_all(task, flags, lambda c, d, metric: metric(patch_edges(
-            model, graph, c, d, circuit(graph, by, max(1, round(share * len(graph)))), flags.ablation))),
-            full, empty) for share in FRACTIONS] for by in (-mean, mean.abs())]
-        results |= {"cpr": cpr(exact[0])[0], "cmd": cpr(exact[1])[1]}
+        areas = []
+        for by in (-mean, mean.abs()):
+            circuits = [circuit(graph, by, max(1, round(share * len(graph)))) for share in FRACTIONS]
+            metrics = metrics_of_circuits(model, graph, task, circuits, flags, f"{name}: CPR")
+            areas.append(cpr([explained_effect(m, full, empty) for m in metrics]))
+        results |= {"cpr": areas[0][0], "cmd": areas[1][1]}
     draws = torch.randint(len(full), (200, len(full)), generator=torch.Generator().manual_seed(flags.seed))
     boot = {"edges_for_0.9": [], "edges_for_0.9_cumulative": []}
     for d in draws:
@@ -773,7 +802,7 @@ class Flags:
     qkv: str = "split"  # split: a head reads by q, k and v; merged: once
     ig_steps: int = 5  # 0: plain EAP; m: EAP-IG with m midpoints
     ablation: str = "resample"  # of what is outside a circuit: resample, mean or zero
-    fast: bool = False  # at most 16 prompts, a coarse grid and no CPR: minutes instead of an hour
+    fast: bool = False  # at most 10 prompts, a coarse grid and no CPR: about two minutes
     force: bool = False  # go on with a model that can not do the task
     tokenizer: str | None = None  # gpt2, bytes or a tokenizer.json; default: the model's own
     seed: int = 0  # of prompts and bootstrap
@@ -784,7 +813,7 @@ class Flags:
 
     def __post_init__(self):
         if self.fast:
-            self.n, self.per_decade = min(self.n, 16), min(self.per_decade, 4)
+            self.n, self.per_decade = min(self.n, 10), min(self.per_decade, 4)
         for name in ("n", "batch_tokens", "per_decade", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")

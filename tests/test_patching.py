@@ -564,6 +564,27 @@ def test_head_patching(patching, name):
                 close(got[:, l, h], want)
 
 
+@every_model
+def test_keep_heads(patching, name):
+    """The clean run of each prompt in which the heads that it does not keep write what corrupt ones do."""
+    model, clean, corrupt = build(name)
+    _, other = runs(name)
+    kept = torch.rand(len(clean), model.config.n_layer, model.config.n_head,
+                      generator=torch.Generator().manual_seed(0)) < 0.5
+
+    def change(u, v, a):
+        if u[0] != "a":
+            return a
+        l, h = (int(part[1:]) for part in u.split("."))
+        return torch.where(kept[:, l, h, None, None], a, other.a[u])
+
+    with torch.no_grad():
+        want = by_hand(model, clean, change).logits
+        z = patching.observe(model, corrupt).z
+        close(patching.keep_heads(model, clean, z, kept), want)
+        close(patching.keep_heads(model, clean, z, torch.ones_like(kept)), model(clean)[0])
+
+
 # -----------------------------------------------------------------------------
 # circuits in numbers
 
