@@ -5,9 +5,9 @@ Which heads and edges does a model need for a task? Dense beside sparse.
     python patching.py --dense BASE --sparse BASE --adapter FILE --task greater-than --fast
 
 A circuit is a subgraph of the residual stream's graph: the embedding, every head and every MLP write
-to it, and every head (by q, k and v), every MLP and the logits read from it. A prompt that the model
-can do (clean) is run beside one that it can not (corrupt); an edge u -> v counts by what happens to the
-metric when v alone reads u's corrupt value. Estimated for all edges at a time by one gradient (EAP,
+to it, and every head (by q, k and v), every MLP and the logits read from it. A prompt (clean) is run
+beside one that has another answer (corrupt); an edge u -> v counts by what happens to the metric, which
+asks for the clean answer, when v alone reads u's corrupt value. Estimated for all edges at a time by one gradient (EAP,
 arXiv 2310.10348; with ig_steps EAP-IG, arXiv 2403.17806), and checked by running the circuit: all
 edges outside of it carry corrupt values. Gates are deterministic throughout.
 """
@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import addition_toy
 from model import Transformer, rope_frequencies, rotate
 from plumbing import tasks, tokens
-from plumbing.flags import open_folder, replace, run, save_figure, write_results
+from plumbing.flags import open_folder, pick_device, replace, run, save_figure, write_results
 from sparse import allowed_pairs, gate_map
 
 # -----------------------------------------------------------------------------
@@ -138,11 +139,11 @@ def observe(model, idx, embed=None, held=False):
             t = embed
         if held and name == "embed":
             t = t.detach().requires_grad_()
-        if held and name.endswith(("mlp.in", "attn.in", "final")):
+        if held and name.endswith(("mlp.in", "final")):
             t = t.clone()  # its gradient is that of reading, without the residual stream's
         if held and config.sparse and name.endswith(".z"):
             q, k, v = (seen[name[:-1] + x] for x in "qkv")
-            t = torch.utils.checkpoint.checkpoint(attend, model, q, k, v, use_reentrant=False)[0]
+            t = checkpoint(attend, model, q, k, v, use_reentrant=False)[0]  # T x T maps are not kept
         seen[name] = t
         return t
 
@@ -225,7 +226,7 @@ def edge_scores(model, clean, corrupt, metric, qkv="split", ig_steps=0):
     scores = torch.zeros(len(clean), *graph.edges.shape, dtype=change.dtype, device=change.device)
     for k in range(max(1, ig_steps)):
         share = (k + 0.5) / ig_steps if ig_steps else 1.0
-        run = observe(model, clean, corrupted + share * (embed - corrupted), held=True)
+        run = observe(model, clean, torch.lerp(corrupted, embed, share), held=True)
         for columns, g in gradients(model, graph, run, metric):  # g (N, v, T, C)
             before = int(graph.edges[:, columns].any(1).sum())  # sources come in the order of writing
             scores[:, :before, columns] += change[:, :before] @ g.flatten(2).mT
@@ -328,15 +329,16 @@ def head_patching(model, clean, corrupt, metric):
 
 
 @torch.no_grad()
-def keep_heads(model, clean, z, kept):
-    """Logits of the clean run in which all heads but kept (N, n_layer, n_head) give their corrupt z.
+def keep_heads(model, clean, z, z_corrupt, kept):
+    """Logits of the clean prompts when the heads in kept write their clean z, all others the corrupt z.
 
-    z: that of observe(model, corrupt), per layer (N, T, H, D).
+    z and z_corrupt: those of two Runs, per layer (N, T, H, D). kept: bool (N, n_layer, n_head). Only
+    the MLPs are computed anew.
     """
     def tap(name, t):
         if name.endswith(".z"):
             l = int(name[1:].split(".")[0])
-            t = torch.where(kept[:, None, l, :, None], t, z[l])
+            t = torch.where(kept[:, None, l, :, None], z[l], z_corrupt[l])
         return t
 
     return model(clean, tap=tap)[0]
@@ -410,6 +412,7 @@ def ablated(model, corrupt, ablation):
     return {"resample": target, "mean": target.mean(1, keepdim=True), "zero": target * 0}[ablation]
 
 
+@torch.no_grad()
 def exact_edges(model, graph, clean, corrupt, metric):
     """(S, V): metric(edge corrupted) - metric(clean), the mean over prompts, of every edge.
 
@@ -421,7 +424,7 @@ def exact_edges(model, graph, clean, corrupt, metric):
         kept = graph.edges.clone()
         kept[u, v] = False
         changed = metric(patch_edges(model, graph, clean, corrupt, kept, target=target))
-        effects[u, v] = (changed - full).mean().detach()
+        effects[u, v] = (changed - full).mean()
     return effects
 
 
@@ -454,9 +457,17 @@ def grid(total, per_decade):
 
 
 def first_above(numbers, f, level=0.9):
-    """The first of `numbers` from which f stays at or above the level."""
-    below = [i for i, value in enumerate(f) if value < level]
-    return numbers[below[-1] + 1 if below else 0] if not below or below[-1] + 1 < len(f) else None
+    """The first of `numbers` from which f stays at or above the level, as it does at the last one."""
+    return numbers[max((i + 1 for i, value in enumerate(f[:-1]) if value < level), default=0)]
+
+
+def around(numbers, f, points=4):
+    """Numbers between first_above and the one before it, evenly in the logarithm."""
+    last = numbers.index(first_above(numbers, f))
+    if last == 0:
+        return []
+    inner = np.geomspace(max(1, numbers[last - 1]), numbers[last], points + 2).round().astype(int)
+    return sorted({*inner.tolist()} - {*numbers})
 
 
 def cumulative(scores):
@@ -481,6 +492,10 @@ def check_pair(model, clean, corrupt):
 LEVEL = 0.9  # of the effect, or of the sum of |scores|
 
 
+def rows_at_a_time(task, flags):
+    return max(1, flags.batch_tokens // task.clean.shape[1])
+
+
 def parts(task, flags, progress=None):
     """Yields (clean, corrupt, metric, correct) of some prompts at a time."""
     rows = torch.arange(len(task.clean)).split(rows_at_a_time(task, flags))
@@ -488,12 +503,6 @@ def parts(task, flags, progress=None):
         clean, corrupt = (x[r].to(flags.device) for x in (task.clean, task.corrupt))
         yield (clean, corrupt, lambda logits, r=r: task.metric(logits, r),
                lambda logits, r=r: task.correct(logits, r))
-
-
-def on_all(task, flags, what, progress=None):
-    """what(clean, corrupt, metric) of some prompts at a time, joined."""
-    return torch.cat([what(clean, corrupt, metric).cpu()
-                      for clean, corrupt, metric, _ in parts(task, flags, progress)])
 
 
 @torch.no_grad()
@@ -511,10 +520,18 @@ def behaviour(name, model, task, flags):
     if accuracy < task.floor and not flags.force:
         raise ValueError(f"the {name} model is right on {accuracy:.0%} of the {task.name} prompts, below "
                          f"{task.floor:.0%}: its circuit would say little; --force goes on")
-    if abs(full.mean() - empty.mean()) < 1e-3:
-        raise ValueError(f"the {name} model's {task.units} is the same on clean and corrupt prompts, "
-                         f"{full.mean():.4f} and {empty.mean():.4f}: there is no effect to explain")
+    gap = full.mean() - empty.mean()
+    if gap.abs() < 1e-3 or (gap < 0 and not flags.force):
+        raise ValueError(f"the {name} model's {task.units} is not higher on clean prompts than on corrupt "
+                         f"ones, {full.mean():.4f} and {empty.mean():.4f}: there is no effect to explain")
     return full, empty, accuracy
+
+
+def scores_of(model, task, flags, progress=None):
+    """Scores of all edges on each prompt, (N, E) on the CPU."""
+    return torch.cat([scores[:, graph.edges].cpu() for scores, graph in (
+        edge_scores(model, clean, corrupt, metric, flags.qkv, flags.ig_steps)
+        for clean, corrupt, metric, _ in parts(task, flags, progress))])
 
 
 @torch.no_grad()
@@ -522,98 +539,133 @@ def metrics_of_heads(model, task, order, counts, flags, progress):
     """(counts, N): the metric with the first k heads of each prompt's order (N, heads) kept."""
     found = []
     for rows, (clean, corrupt, metric, _) in zip(order.split(rows_at_a_time(task, flags)), parts(task, flags)):
-        z, some = observe(model, corrupt).z, []
+        z, z_corrupt, some = observe(model, clean).z, observe(model, corrupt).z, []
         for k in tqdm(counts, desc=progress, disable=None, leave=False):
             kept = torch.zeros(rows.shape, dtype=torch.bool).scatter_(1, rows[:, :k], True)
             kept = kept.view(len(rows), model.config.n_layer, -1).to(flags.device)
-            some.append(metric(keep_heads(model, clean, z, kept)).cpu())
+            some.append(metric(keep_heads(model, clean, z, z_corrupt, kept)).cpu())
         found.append(torch.stack(some))
     return torch.cat(found, 1)
 
 
 @torch.no_grad()
-def metrics_of_circuits(model, graph, task, circuits, flags, progress):
+def metrics_of_circuits(model, graph, task, circuits, flags, progress=None):
     """(circuits, N): the metric under each circuit; one that equals the last is not run again."""
-    found = []
+    found, target = [], None
+    if flags.ablation == "mean":  # over all prompts
+        target = sum(ablated(model, corrupt, "mean") * len(corrupt)
+                     for _, corrupt, *_ in parts(task, flags)) / len(task.clean)
     for clean, corrupt, metric, _ in parts(task, flags):
-        target, some, last = ablated(model, corrupt, flags.ablation), [], None
-        for edges in tqdm(circuits, desc=progress, disable=None, leave=False):
+        values = ablated(model, corrupt, flags.ablation) if target is None else target
+        some, last = [], None
+        for edges in tqdm(circuits, desc=progress, disable=None if progress else True, leave=False):
             if last is None or not torch.equal(edges, last):
-                logits = patch_edges(model, graph, clean, corrupt, edges, target=target)
+                logits = patch_edges(model, graph, clean, corrupt, edges, target=values)
             some.append(metric(logits).cpu())
             last = edges
         found.append(torch.stack(some))
     return torch.cat(found, 1)
 
 
-def analyse(name, model, task, again, flags):
-    """Everything about one model: (results, what the figures need). again: the task's other draw."""
+def refined(numbers, measure, full, empty):
+    """(numbers, metrics (numbers, N), explained effects), with more numbers where 0.9 is crossed.
+
+    measure(numbers) -> (numbers, N).
+    """
+    metrics = measure(numbers)
+    more = around(numbers, [explained_effect(m, full, empty) for m in metrics])
+    if more:
+        metrics = torch.cat([metrics, measure(more)])[torch.tensor(numbers + more).argsort()]
+        numbers = sorted(numbers + more)
+    return numbers, metrics, [explained_effect(m, full, empty) for m in metrics]
+
+
+def analyse(name, model, task, second, flags):
+    """Everything about one model: (results, what the figures need). second: another draw of the task."""
     full, empty, accuracy = behaviour(name, model, task, flags)
+    others = behaviour(f"{name}, other prompts", model, second, flags)[:2]
     graph = Graph(model.config, flags.qkv)
     if len(graph) * len(full) > 2**28:
         raise ValueError(f"--n {len(full)} prompts times {len(graph):,} edges are too many: lower --n")
-
-    # heads: ranked by patching each of them, then the best k are kept
-    value = on_all(task, flags, lambda *pair: head_patching(model, *pair), f"{name}: heads")
-    n_heads = value[0].numel()
-    ranks = {"per sentence": value.flatten(1).argsort(1, descending=True)}
-    ranks["global"] = value.flatten(1).mean(0).argsort(descending=True).expand(len(value), -1)
-    counts = [0, *grid(n_heads, flags.per_decade)]
-    heads = {how: metrics_of_heads(model, task, order, counts, flags, f"{name}: heads kept")
-             for how, order in ranks.items()}
-
-    # edges: scores of each prompt, then circuits of the n largest
-    scores = on_all(task, flags, lambda *pair: edge_scores(model, *pair, flags.qkv, flags.ig_steps)[0],
-                    f"{name}: edges")
-    mean = scores.mean(0)
-    other = on_all(again, flags, lambda *pair: edge_scores(model, *pair, flags.qkv, flags.ig_steps)[0])
-    numbers = grid(len(graph), flags.per_decade)
-    circuits = [circuit(graph, mean.abs(), n) for n in numbers]
-    kept_edges, kept_nodes = [int(c.sum()) for c in circuits], [graph.nodes(c) for c in circuits]
-    curve = metrics_of_circuits(model, graph, task, circuits, flags, f"{name}: circuits")
-    f = [explained_effect(m, full, empty) for m in curve]
-    flat = scores[:, graph.edges]  # (N, E)
-    of_mean, of_each = cumulative(flat.mean(0)), cumulative(flat).mean(0)
-
-    found = first_above(numbers, f)
-    at = numbers.index(found) if found else None
     results = {"n": len(full), "accuracy": accuracy, "metric_clean": full.mean().item(),
-               "metric_corrupt": empty.mean().item(), "edges": len(graph), "nodes": len(graph.sources),
-               "edges_for_0.9": found, "edges_for_0.9_kept": at is not None and kept_edges[at] or None,
-               "heads_in_circuit": kept_nodes[at][0] if found else None,
-               "mlps_in_circuit": kept_nodes[at][1] if found else None,
-               "nodes_for_0.9": sum(kept_nodes[at]) if found else None,
-               "edges_for_0.9_cumulative": needed(of_mean),
-               "edges_for_0.9_cumulative_per_sentence": needed(of_each)}
-    results["curves"] = {"edges": numbers, "explained_effect_of_edges": f, "heads": counts}
-    for how, m in heads.items():
-        how, of_heads = how.replace(" ", "_"), [explained_effect(row, full, empty) for row in m]
-        results["heads_for_0.9_" + how] = first_above(counts, of_heads)
-        results["curves"]["explained_effect_of_heads_" + how] = of_heads
-    top = [set(x[graph.edges].abs().topk(results["edges_for_0.9_cumulative"]).indices.tolist())
-           for x in (mean, other.mean(0))]
-    results["jaccard_of_two_draws"] = len(top[0] & top[1]) / len(top[0] | top[1])
-    if not flags.fast:
-        areas = []
-        for by in (-mean, mean.abs()):
-            circuits = [circuit(graph, by, max(1, round(share * len(graph)))) for share in FRACTIONS]
-            metrics = metrics_of_circuits(model, graph, task, circuits, flags, f"{name}: CPR")
-            areas.append(cpr([explained_effect(m, full, empty) for m in metrics]))
-        results |= {"cpr": areas[0][0], "cmd": areas[1][1]}
-    draws = torch.randint(len(full), (200, len(full)), generator=torch.Generator().manual_seed(flags.seed))
-    boot = {"edges_for_0.9": [], "edges_for_0.9_cumulative": []}
-    for d in draws:
-        boot["edges_for_0.9"].append(first_above(
-            numbers, [explained_effect(m[d], full[d], empty[d]) for m in curve]))
-        boot["edges_for_0.9_cumulative"].append(needed(cumulative(flat[d].mean(0))))
-    shown = {"graph": graph, "counts": counts, "heads": heads, "full": full, "empty": empty, "f": f,
-             "numbers": numbers, "of_mean": of_mean, "of_each": of_each, "mean": mean, "boot": boot,
-             "value": value.mean(0), "circuit": circuit(graph, mean.abs(), results["edges_for_0.9_cumulative"])}
+               "metric_corrupt": empty.mean().item(), "edges": len(graph), "nodes": len(graph.sources) - 1,
+               "curves": {}}
+    shown = {"graph": graph, "full": full, "empty": empty}
+    analyse_heads(name, model, task, flags, results, shown)
+    analyse_edges(name, model, task, second, others, flags, results, shown)
     return results, shown
 
 
-def rows_at_a_time(task, flags):
-    return max(1, flags.batch_tokens // task.clean.shape[1])
+def analyse_heads(name, model, task, flags, results, shown):
+    """Heads ranked by patching each of them; then the best k are kept."""
+    patched = torch.cat([head_patching(model, clean, corrupt, metric) for clean, corrupt, metric, _ in
+                         parts(task, flags, f"{name}: heads")])
+    ranks = {"per_sentence": patched.flatten(1).argsort(1, descending=True)}
+    ranks["global"] = patched.flatten(1).mean(0).argsort(descending=True).expand(len(patched), -1)
+    shown["patched"], shown["heads"] = patched.mean(0), {}
+    for rank, order in ranks.items():
+
+        def measure(counts):
+            return metrics_of_heads(model, task, order, counts, flags, f"{name}: heads kept")
+
+        counts, metrics, f = refined([0, *grid(order.shape[1], flags.per_decade)], measure, shown["full"],
+                                     shown["empty"])
+        results[f"heads_for_0.9_{rank}"] = first_above(counts, f)
+        results["curves"][f"heads_{rank}"] = {"kept": counts, "explained_effect": f}
+        shown["heads"][rank] = counts, metrics, f
+
+
+def analyse_edges(name, model, task, second, others, flags, results, shown):
+    """Scores of all edges on each prompt; then circuits of the n largest of their mean.
+
+    others: (full, empty) of the second draw, on which the circuit that was found runs once more.
+    """
+    graph, full = shown["graph"], shown["full"]
+    scores = scores_of(model, task, flags, f"{name}: edges")
+    mean = torch.zeros(graph.edges.shape)
+    mean[graph.edges] = scores.mean(0)
+    if not mean.any():
+        raise ValueError(f"every edge of the {name} model has the score 0: only gates that open or close "
+                         "between the prompts carry the effect, and gradients do not see those")
+
+    def measure(numbers):
+        circuits = [circuit(graph, mean.abs(), n) for n in numbers]
+        return metrics_of_circuits(model, graph, task, circuits, flags, f"{name}: circuits")
+
+    none = measure([0])[0]
+    numbers, metrics, f = refined(grid(len(graph), flags.per_decade), measure, full, none)
+    found = first_above(numbers, f)
+    needs = circuit(graph, mean.abs(), found)
+    heads, mlps = graph.nodes(needs)
+    of_mean, of_each = cumulative(scores.mean(0)), cumulative(scores)
+    results |= {
+        "edges_for_0.9": found, "edges_for_0.9_after_pruning": int(needs.sum()), "heads_in_circuit": heads,
+        "mlps_in_circuit": mlps, "nodes_for_0.9": heads + mlps,
+        "explained_effect_on_other_prompts": explained_effect(
+            metrics_of_circuits(model, graph, second, [needs], flags)[0], *others),
+        "edges_for_0.9_cumulative": needed(of_mean),
+        "edges_for_0.9_cumulative_mean_of_curves": needed(of_each.mean(0))}
+    results["curves"]["edges"] = {"requested": numbers, "explained_effect": f}
+
+    of_others = scores_of(model, second, flags).mean(0)
+    top = [{*x.abs().topk(needed(of_mean)).indices.tolist()} for x in (scores.mean(0), of_others)]
+    results["jaccard_of_two_draws"] = len(top[0] & top[1]) / len(top[0] | top[1])
+    if not flags.fast and len(graph) >= 1 / min(FRACTIONS):
+        areas = []
+        for value in (-mean, mean.abs()):
+            circuits = [circuit(graph, value, round(share * len(graph))) for share in FRACTIONS]
+            m = metrics_of_circuits(model, graph, task, circuits, flags, f"{name}: CPR")
+            areas.append(cpr([explained_effect(x, full, none) for x in m]))
+        results |= {"cpr": areas[0][0], "cmd": areas[1][1]}
+
+    # bootstrap over prompts; the ranking of the edges stays
+    boot = {"edges_for_0.9": [], "edges_for_0.9_cumulative_mean_of_curves": []}
+    for d in torch.randint(len(full), (200, len(full)), generator=torch.Generator().manual_seed(flags.seed)):
+        again = [explained_effect(m[d], full[d], none[d]) for m in metrics]
+        boot["edges_for_0.9"].append(first_above(numbers, again))
+        boot["edges_for_0.9_cumulative_mean_of_curves"].append(needed(of_each[d].mean(0)))
+    shown |= {"numbers": numbers, "f": f, "of_mean": of_mean, "of_each": of_each.mean(0), "mean": mean,
+              "boot": boot, "circuit": circuit(graph, mean.abs(), needed(of_mean))}
 
 
 def needed(share, level=LEVEL):
@@ -622,10 +674,8 @@ def needed(share, level=LEVEL):
 
 
 def interval(values):
-    """The middle 90% of bootstrap values, None among them counted as infinite: [low, high] or None."""
-    values = sorted(np.inf if v is None else v for v in values)
-    low, high = (values[int(p * (len(values) - 1))] for p in (0.05, 0.95))
-    return [float(low), float(high)] if np.isfinite(high) else None
+    """The middle 90% of bootstrap values: [low, high]."""
+    return [float(x) for x in np.quantile(np.asarray(values, dtype=float), (0.05, 0.95))]
 
 
 # -----------------------------------------------------------------------------
@@ -635,36 +685,39 @@ DENSE, SPARSE = "#0072B2", "#D55E00"  # told apart by colour-blind readers too
 COLORS = {"dense": DENSE, "sparse": SPARSE}
 
 
-def effect(m, shown):
-    """Explained effect of each sentence (rows, N'), of those whose own gap is not tiny."""
+def band(metrics, shown):
+    """Quartiles over sentences of the explained effect (counts, N), but of those with a tiny gap."""
     gap = shown["full"] - shown["empty"]
     wide = gap.abs() > 0.05 * gap.abs().mean()
-    return ((m - shown["empty"]) / gap)[:, wide]
+    f = ((metrics - shown["empty"]) / gap)[:, wide]
+    return f.quantile(torch.tensor([0.25, 0.75]), dim=1), int((~wide).sum())
 
 
 def draw_heads(shown, results, path):
     """Figure 3 of the paper: explained effect over the number of heads kept, with quartiles."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
-    for axis, how in zip(figure.subplots(1, 2, sharey=True), ("per sentence", "global")):
+    for axis, rank in zip(figure.subplots(1, 2, sharey=True), ("per_sentence", "global")):
         for name, s in shown.items():
-            f = [explained_effect(m, s["full"], s["empty"]) for m in s["heads"][how]]
-            low, high = effect(s["heads"][how], s).quantile(torch.tensor([0.25, 0.75]), dim=1)
-            axis.plot(s["counts"], f, "o-", markersize=3, color=COLORS[name], label=name)
-            axis.fill_between(s["counts"], low.numpy(), high.numpy(), color=COLORS[name], alpha=0.2, linewidth=0)
+            counts, metrics, f = s["heads"][rank]
+            (low, high), left_out = band(metrics, s)
+            results[name]["sentences_left_out_of_quartiles"] = left_out
+            axis.plot(counts, f, "o-", markersize=3, color=COLORS[name], label=name)
+            axis.fill_between(counts, low, high, color=COLORS[name], alpha=0.2, linewidth=0,
+                              label="quartiles of sentences")
         axis.axhline(LEVEL, color="black", linewidth=0.8, linestyle=":")
-        key = "heads_for_0.9_" + how.replace(" ", "_")
-        axis.set(title=f"ranked {'for each sentence' if how != 'global' else 'once for all'}: "
-                       + said(results["ratio"][key]), xlabel="attention heads kept", ylim=(-0.25, 1.4))
+        axis.set(title="ranked for each sentence: " * (rank == "per_sentence") + "ranked once: " * (
+            rank == "global") + said(results["ratio"]["heads_for_0.9_" + rank]), xlabel="attention heads kept")
         axis.set_xscale("symlog", linthresh=1)
-        axis.set_xlim(-0.2, 1.2 * max(s["counts"][-1] for s in shown.values()))
+        axis.set_xlim(-0.2, 1.2 * max(s["heads"][rank][0][-1] for s in shown.values()))
+        axis.set_ylim(-0.25, max(1.4, 1.1 * max(max(s["heads"][rank][2]) for s in shown.values())))
         axis.xaxis.set_major_formatter("{x:g}")
     figure.axes[0].set_ylabel("explained effect")
-    figure.axes[0].legend(loc="upper left")
+    figure.axes[0].legend(loc="upper left", fontsize=8)
     save_figure(figure, path)
 
 
 def said(ratio):
-    return "0.9 not reached" if ratio is None else f"dense needs {ratio:.1f}x"
+    return f"dense needs {ratio:.1f}x"
 
 
 def draw_edges(shown, results, path):
@@ -676,13 +729,19 @@ def draw_edges(shown, results, path):
                   label=f"{name}, of {len(s['graph']):,}")
         x = np.arange(1, len(s["of_mean"]) + 1)
         right.plot(x, s["of_mean"].numpy(), ":", color=COLORS[name], label=f"{name}, scores averaged first")
-        right.plot(x, s["of_each"].numpy(), "-", color=COLORS[name], label=f"{name}, mean over sentences")
-    for axis, key in ((left, "edges_for_0.9"), (right, "edges_for_0.9_cumulative")):
+        right.plot(x, s["of_each"].numpy(), "-", color=COLORS[name], label=f"{name}, mean of sentences' curves")
+    for axis in (left, right):
         axis.axhline(LEVEL, color="black", linewidth=0.8, linestyle=":")
-        axis.set(xscale="log", xlabel="edges kept", title=f"edges for {LEVEL}: {said(results['ratio'][key])}")
-        axis.legend(fontsize=8)
-    left.set(ylabel="explained effect", ylim=(-0.25, 1.4))
-    right.set(ylabel="share of the sum of |scores|", ylim=(0, 1.05))
+        axis.set_xscale("log")
+    ratio, (low, high) = results["ratio"], results["interval"]["edges_for_0.9"]
+    left.set(title=f"{said(ratio['edges_for_0.9'])} edges for 0.9 ({low:.1f} to {high:.1f})",
+             xlabel="edges in the circuit, before pruning", ylabel="explained effect",
+             ylim=(-0.25, max(1.4, 1.1 * max(max(s["f"]) for s in shown.values()))))
+    right.set(title=f"{said(ratio['edges_for_0.9_cumulative'])} edges (dotted), "
+                    f"{ratio['edges_for_0.9_cumulative_mean_of_curves']:.1f}x (solid)",
+              xlabel="edges", ylabel="share of the sum of |scores|", ylim=(0, 1.05))
+    left.legend(fontsize=8, loc="upper left")
+    right.legend(fontsize=8, loc="lower right")
     save_figure(figure, path)
 
 
@@ -716,7 +775,8 @@ def draw_circuits(shown, path):
                 on = node in kept or node == "logits"
                 axis.plot(x, y, "s" if node[0] == "m" else "o", color="black" if on else "0.85",
                           markersize=max(2.0, 60 / max(L, H)) * (1 if on else 0.5), zorder=3)
-        axis.set(title=f"{name}: {int(edges.sum()):,} edges, {heads} heads, {mlps} MLPs", ylim=(-1.6, L + 0.6),
+        axis.set(title=f"{name}: {int(edges.sum()):,} edges hold 0.9 of the sum of |scores|,\n"
+                       f"{heads} heads, {mlps} MLPs", ylim=(-1.6, L + 0.6),
                  xlabel="head (right: MLP)", ylabel="layer (bottom: embedding, top: logits)")
         axis.set_xticks(range(0, H, max(1, H // 8)))
         axis.set_yticks(range(0, L, max(1, L // 8)))
@@ -770,7 +830,7 @@ def draw_tokens(model, task, labels, path):
     L, T = model.config.n_layer, clean.shape[1]
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     axis = figure.subplots()
-    weight, opened = scores.abs().sum(1), maps[0].any(1)  # over heads: (L, T, T)
+    weight, opened = scores.abs().sum(1), (maps[0] | maps[1]).any(1)  # over heads: (L, T, T)
     top = weight.max().clamp(min=1e-12)
     for l, i, j in opened.nonzero().tolist():
         strength = (weight[l, i, j] / top).item()
@@ -780,6 +840,7 @@ def draw_tokens(model, task, labels, path):
     axis.plot(x.ravel(), y.ravel(), "o", color="black", markersize=2)
     axis.set_xticks(range(T), labels, rotation=60, ha="right", fontsize=8)
     axis.set(ylabel="layer", yticks=range(0, L + 1, max(1, L // 8)),
+             xlabel="token; colour and width: |score| of more than 2% of the largest",
              title=f"{counts['open in both']:,} gates open in both runs, {counts['closes']:,} close, "
                    f"{counts['opens']:,} open, {counts['shut in both']:,} shut in both: exactly 0")
     save_figure(figure, path)
@@ -801,14 +862,14 @@ class Flags:
     out: str | None = None  # folder for results.json, edges.csv and the figures
     qkv: str = "split"  # split: a head reads by q, k and v; merged: once
     ig_steps: int = 5  # 0: plain EAP; m: EAP-IG with m midpoints
-    ablation: str = "resample"  # of what is outside a circuit: resample, mean or zero
+    ablation: str = "resample"  # of edges outside a circuit: resample, mean or zero
     fast: bool = False  # at most 10 prompts, a coarse grid and no CPR: about two minutes
     force: bool = False  # go on with a model that can not do the task
     tokenizer: str | None = None  # gpt2, bytes or a tokenizer.json; default: the model's own
     seed: int = 0  # of prompts and bootstrap
     batch_tokens: int = 1024  # tokens in one forward pass
     per_decade: int = 20  # circuit sizes tried in each factor of ten
-    device: str = "cpu"  # cpu, cuda or mps
+    device: str = "auto"  # auto, cpu, cuda or mps
     threads: int = 2  # CPU threads
 
     def __post_init__(self):
@@ -829,17 +890,24 @@ def load(flags):
     """({"dense": model, "sparse": model}, tokenizer); of addition the module itself, for its problems."""
     if not flags.sparse:
         raise ValueError("give --sparse, the post-trained model to compare with --dense")
-    models = {"dense": Transformer.from_pretrained(flags.dense, sparse=False),
+    models = {"dense": Transformer.from_pretrained(flags.dense),
               "sparse": Transformer.from_pretrained(flags.sparse, flags.adapter)}
-    if not models["sparse"].config.sparse:
+    dense, sparse = (m.config for m in models.values())
+    if dense.sparse:
+        raise ValueError(f"--dense {flags.dense} has gates: give the model before its post-training, or "
+                         "its dense control")
+    if not sparse.sparse:
         raise ValueError(f"--sparse {flags.sparse} has no gates: give a checkpoint of a sparse run, or "
                          "its --adapter")
-    sizes = [m.config.vocab_size for m in models.values()]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"--dense has {sizes[0]} tokens and --sparse {sizes[1]}: not of one family")
+    for name in ("vocab_size", "n_layer", "n_head", "n_kv_head"):
+        if getattr(dense, name) != getattr(sparse, name):
+            raise ValueError(f"--dense has {name} {getattr(dense, name)} and --sparse "
+                             f"{getattr(sparse, name)}: not of one family")
+    if flags.task == "addition" and dense.vocab_size != len(addition_toy.CHARACTERS):
+        raise ValueError("--task addition is for the models of addition_toy.py")
     tok = addition_toy
     if flags.task != "addition":
-        tok = tokens.tokenizer(tokens.name_for(sizes[0], flags.tokenizer, flags.dense))
+        tok = tokens.tokenizer(tokens.name_for(dense.vocab_size, flags.tokenizer, flags.dense))
     return {name: m.eval().requires_grad_(False).to(flags.device) for name, m in models.items()}, tok
 
 
@@ -857,38 +925,33 @@ def write_edges(shown, path):
     replace(path, write)
 
 
-def ratio(results, key):
-    values = [results[name][key] for name in ("dense", "sparse")]
-    return None if None in values else values[0] / values[1]
-
-
 def main(flags):
     started = time.time()
     torch.set_num_threads(flags.threads)
+    flags.device = pick_device(flags.device)
     models, tok = load(flags)
-    task, again = (tasks.make(flags.task, tok, flags.n, seed, flags.corrupt)
-                   for seed in (flags.seed, flags.seed + 1))
+    task, second = (tasks.make(flags.task, tok, flags.n, seed, flags.corrupt)
+                    for seed in (flags.seed, flags.seed + 1))
     flags.out = open_folder(flags.out or os.path.join("out", f"patching-{flags.task}"))
     print(f"{task.name}: {len(task.clean)} prompts of {task.clean.shape[1]} tokens, kept of {task.made}; "
           f"{task.about}")
-    results, shown = {"task": task.name, "flags": asdict(flags), "prompts_made": task.made}, {}
+    results, shown = {"task": task.name, "about": task.about, "tokens": task.clean.shape[1],
+                      "prompts_made": task.made, "flags": asdict(flags)}, {}
     for name, model in models.items():
-        results[name], shown[name] = analyse(name, model, task, again, flags)
-    if len(shown["dense"]["graph"]) != len(shown["sparse"]["graph"]):
-        raise ValueError("--dense and --sparse have different layers or heads: nothing to compare")
+        results[name], shown[name] = analyse(name, model, task, second, flags)
     keys = [key for key in results["dense"] if "_for_0.9" in key]
-    results["ratio"] = {key: ratio(results, key) for key in keys}
+    results["ratio"] = {key: results["dense"][key] / results["sparse"][key] for key in keys}
     results["interval"] = {}
-    for key in ("edges_for_0.9", "edges_for_0.9_cumulative"):
-        dense, sparse = shown["dense"]["boot"][key], shown["sparse"]["boot"][key]
+    for key, dense in shown["dense"]["boot"].items():
+        sparse = shown["sparse"]["boot"][key]
         results["dense"][key + "_interval"], results["sparse"][key + "_interval"] = interval(dense), interval(sparse)
-        results["interval"][key] = interval([None if None in pair else pair[0] / pair[1]
-                                             for pair in zip(dense, sparse)])
+        results["interval"][key] = interval(np.divide(dense, sparse))
 
-    labels = [tok.CHARACTERS[i] if tok is addition_toy else tok.decode([i]) for i in task.clean[0].tolist()]
-    best = {name: [f"a{n // s['value'].shape[1]}.h{n % s['value'].shape[1]}" for n in
-                   (s["value"] - s["empty"].mean()).abs().flatten().argsort(descending=True)[:6].tolist()]
-            for name, s in shown.items()}
+    labels = [tok.CHARACTERS[i] if tok is addition_toy else tok.decode([i]).replace("$", r"\$")
+              for i in task.clean[0].tolist()]
+    H = models["dense"].config.n_head
+    best = {name: [f"a{n // H}.h{n % H}" for n in (s["patched"] - s["empty"].mean()).abs().flatten().argsort(
+        descending=True)[:6].tolist()] for name, s in shown.items()}
     files = {name: os.path.join(flags.out, name) for name in (
         "heads.png", "edges.png", "circuits.png", "attention.png", "circuit_heads.png", "tokens.png",
         "edges.csv")}
@@ -896,20 +959,20 @@ def main(flags):
     draw_edges(shown, results, files["edges.png"])
     draw_circuits(shown, files["circuits.png"])
     draw_maps(models, task, labels, [(name, best[name]) for name in models], files["attention.png"])
-    kept = shown["sparse"]["circuit"].any(1)
-    needs = [u for u, on in zip(shown["sparse"]["graph"].sources, kept) if on and u[0] == "a"][:64]
+    graph, strength = shown["sparse"]["graph"], (shown["sparse"]["mean"].abs() * shown["sparse"]["circuit"]).sum(1)
+    order = strength.argsort(descending=True)[:int((strength > 0).sum())].tolist()
+    needs = [graph.sources[u] for u in order if graph.sources[u][0] == "a"][:64]  # the strongest
     rows = [("sparse", needs[i:i + 8]) for i in range(0, len(needs), 8)]
     draw_maps(models, task, labels, rows or [("sparse", best["sparse"])], files["circuit_heads.png"])
     results["token_graph"] = draw_tokens(models["sparse"], task, labels, files["tokens.png"])
     write_edges(shown, files["edges.csv"])
     print(f"\n{'':42}{'dense':>10}{'sparse':>10}{'ratio':>8}  90% interval")
-    for key in ("accuracy", "metric_clean", "metric_corrupt", *keys, "jaccard_of_two_draws"):
+    for key in (key for key, value in results["dense"].items() if isinstance(value, int | float)):
         row = [results[name][key] for name in ("dense", "sparse")]
-        cells = ["-" if v is None else f"{v:.3f}" if isinstance(v, float) else f"{v:,}" for v in row]
-        factor = results["ratio"].get(key)
-        band = results["interval"].get(key)
+        cells = [f"{v:.3f}" if isinstance(v, float) else f"{v:,}" for v in row]
+        factor, limits = results["ratio"].get(key), results["interval"].get(key)
         print(f"{key:42}{cells[0]:>10}{cells[1]:>10}{'' if factor is None else f'{factor:.1f}':>8}"
-              + (f"  {band[0]:.1f} to {band[1]:.1f}" if band else ""))
+              + (f"  {limits[0]:.1f} to {limits[1]:.1f}" if limits else ""))
     print("wrote", write_results(flags.out, started, flags.device, **results), *files.values())
 
 

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from geco import GECO
 from model import Config, Transformer, read_config, read_model
 from plumbing import fsdp, lora, plan, tokens
-from plumbing.flags import Log, open_folder, run, save_figure, write_results
+from plumbing.flags import Log, open_folder, pick_device, run, save_figure, write_results
 from plumbing.hub import read_pickle, read_safetensors, write_pickle
 from sparse import fold_in, peak_memory
 
@@ -138,15 +138,9 @@ class Flags:
 # setting up
 
 
-def pick_device(flags):
-    """The device, and what to run the forward pass in: bfloat16 autocast or nothing."""
-    device = flags.device
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        device = "cuda" if has["cuda"] else "mps" if has["mps"] else "cpu"
-    if not has[device]:
-        raise ValueError(f"--device {device}: this machine has none that torch can use; "
-                         "--device cpu works everywhere")
+def precision(flags):
+    """The device, whether to compute in bfloat16, and what to run the forward pass in for it."""
+    device = pick_device(flags.device)
     half = flags.dtype == "bfloat16" or (flags.dtype == "auto" and device == "cuda")
     if half and not flags.fsdp:  # which casts by itself
         return device, half, lambda: torch.autocast(device, dtype=torch.bfloat16)
@@ -266,7 +260,7 @@ def start(flags, saved=None):
     A new run measures the dense model's CE, on validation text for tau and on test text for the
     report. A resumed one takes model, optimiser, lambda and measurements from `saved`.
     """
-    device, half, amp = pick_device(flags)
+    device, half, amp = precision(flags)
     config, weights = read_init(flags)
     config = gated_config(flags, config)
     context, tokenizer, blocks, fixed = load_data(flags, config)
@@ -674,7 +668,7 @@ def main(flags):
         return work(flags)
     failed = (f"this rank ends because another one has failed; the last checkpoint is in {flags.out}: "
               f"go on with torchrun ... train.py --fsdp --resume {flags.out}")
-    with fsdp.process_group(pick_device(flags)[0], failed):
+    with fsdp.process_group(pick_device(flags.device), failed):
         if flags.batch_size % fsdp.world():
             raise ValueError(f"--batch-size {flags.batch_size} is over all ranks and must be a multiple "
                              f"of their number, {fsdp.world()}")

@@ -52,6 +52,17 @@ def parse(flags, argv=None, doc=None):
     return flags(**vars(parser.parse_args(argv)))
 
 
+def pick_device(device):
+    """cpu, cuda or mps as they stand; auto is the fastest there is. None of it here: ValueError."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(name for name, here in has.items() if here)
+    if not has.get(device):
+        raise ValueError(f"--device {device}: this machine has none that torch can use; "
+                         "--device cpu works everywhere")
+    return device
+
+
 def run(main, flags, doc=None):
     """main(flags from the command line); what the user can mend ends in one line and exit code 2."""
     commit()  # of the code as it is now, not when the results are written

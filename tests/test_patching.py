@@ -566,9 +566,9 @@ def test_head_patching(patching, name):
 
 @every_model
 def test_keep_heads(patching, name):
-    """The clean run of each prompt in which the heads that it does not keep write what corrupt ones do."""
+    """Heads that a prompt keeps write what they write in its clean run, the others as in its corrupt one."""
     model, clean, corrupt = build(name)
-    _, other = runs(name)
+    at, other = runs(name)
     kept = torch.rand(len(clean), model.config.n_layer, model.config.n_head,
                       generator=torch.Generator().manual_seed(0)) < 0.5
 
@@ -576,13 +576,13 @@ def test_keep_heads(patching, name):
         if u[0] != "a":
             return a
         l, h = (int(part[1:]) for part in u.split("."))
-        return torch.where(kept[:, l, h, None, None], a, other.a[u])
+        return torch.where(kept[:, l, h, None, None], at.a[u], other.a[u])
 
     with torch.no_grad():
         want = by_hand(model, clean, change).logits
-        z = patching.observe(model, corrupt).z
-        close(patching.keep_heads(model, clean, z, kept), want)
-        close(patching.keep_heads(model, clean, z, torch.ones_like(kept)), model(clean)[0])
+        z = [patching.observe(model, idx).z for idx in (clean, corrupt)]
+        close(patching.keep_heads(model, clean, *z, kept), want)
+        close(patching.keep_heads(model, clean, *z, torch.ones_like(kept)), model(clean)[0])
 
 
 # -----------------------------------------------------------------------------
