@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch.utils.checkpoint import checkpoint
@@ -312,19 +313,23 @@ def head_patching(model, clean, corrupt, metric):
     config, z, before = model.config, observe(model, clean).z, observe(model, corrupt).seen
     values = torch.zeros(len(clean), config.n_layer, config.n_head)
     angle = rope_angles(model, clean.shape[1]) if config.position == "rope" else None
+    at_a_time = max(1, 1024 // clean.numel())  # heads in one pass, each with a batch of its own
     for l in range(config.n_layer):
-        for h in range(config.n_head):
+        for heads in torch.arange(config.n_head).split(at_a_time):
 
             def tap(name, t):
                 if name == "attn.z":
-                    t = t.clone()
-                    t[:, :, h] = z[l][:, :, h]
+                    t = t.unflatten(0, (len(heads), -1)).clone()
+                    for own, h in zip(t, heads):
+                        own[:, :, h] = z[l][:, :, h]
+                    t = t.flatten(0, 1)
                 return t
 
-            x = before[f"h{l}.attn.in"]  # nothing before this layer has changed
+            x = before[f"h{l}.attn.in"].repeat(len(heads), 1, 1)  # nothing before this layer has changed
             for n, block in enumerate(model.h[l:]):
                 x, _ = block(x, angle, None, (lambda name, t: t) if n else tap)
-            values[:, l, h] = metric(model.lm_head(model.ln_f(x))).cpu()
+            for own, h in zip(x.chunk(len(heads)), heads):
+                values[:, l, h] = metric(model.lm_head(model.ln_f(own))).cpu()
     return values
 
 
@@ -765,10 +770,10 @@ def draw_circuits(shown, path):
             pair = (graph.sources[u], target)
             links[pair] = links.get(pair, 0) + s["mean"][u, v].abs().item()
         top = max(links.values(), default=1)
-        for (u, v), weight in sorted(links.items(), key=lambda link: link[1]):
-            (x1, y1), (x2, y2) = place[u], place[v]
-            axis.plot([x1, x2], [y1, y2], color=COLORS[name], linewidth=0.3 + 2 * weight / top,
-                      alpha=0.05 + 0.85 * (weight / top) ** 0.5, solid_capstyle="round")
+        strength = np.array([weight / top for weight in links.values()])
+        axis.add_collection(LineCollection(
+            [(place[u], place[v]) for u, v in links], colors=COLORS[name], linewidths=0.3 + 2 * strength,
+            alpha=0.05 + 0.85 * strength**0.5, capstyle="round"))
         kept = {graph.sources[u] for u in edges.any(1).nonzero().flatten().tolist()}
         for node, (x, y) in place.items():
             if ".g" not in node:
@@ -791,8 +796,8 @@ def draw_maps(models, task, labels, rows, path):
     axes = figure.subplots(len(rows), width, squeeze=False)
     device = next(iter(models.values())).wte.weight.device
     runs = {name: observe(model, task.clean[:1].to(device)) for name, model in models.items()}
-    for line, (name, nodes) in zip(axes, rows):
-        for axis, node in zip(line, [*nodes, *[None] * (width - len(nodes))]):
+    for row, (name, nodes) in enumerate(rows):
+        for axis, node in zip(axes[row], [*nodes, *[None] * (width - len(nodes))]):
             if node is None:
                 axis.axis("off")
                 continue
@@ -803,9 +808,10 @@ def draw_maps(models, task, labels, rows, path):
             image = axis.imshow(shades, cmap="viridis", norm=LogNorm(1e-3, 1))
             axis.set_title(f"{name} {node}\n{int((weights > 0).sum())} open", fontsize=9)
             axis.set(xticks=[], yticks=[])
-            if len(labels) <= 24:
-                axis.set_yticks(range(len(labels)), labels, fontsize=5)
-                axis.set_xticks(range(len(labels)), labels, fontsize=5, rotation=90)
+            if len(labels) <= 24 and node == nodes[0]:
+                axis.set_yticks(range(len(labels)), labels, fontsize=6)
+            if len(labels) <= 24 and row == len(rows) - 1:
+                axis.set_xticks(range(len(labels)), labels, fontsize=6, rotation=90)
     figure.colorbar(image, ax=axes, label="attention weight after the gate", shrink=0.7)
     figure.supxlabel("from token", fontsize=10)
     figure.supylabel("to token", fontsize=10)
@@ -863,7 +869,7 @@ class Flags:
     qkv: str = "split"  # split: a head reads by q, k and v; merged: once
     ig_steps: int = 5  # 0: plain EAP; m: EAP-IG with m midpoints
     ablation: str = "resample"  # of edges outside a circuit: resample, mean or zero
-    fast: bool = False  # at most 10 prompts, a coarse grid and no CPR: about two minutes
+    fast: bool = False  # at most 8 prompts, a coarse grid and no CPR: about two minutes
     force: bool = False  # go on with a model that can not do the task
     tokenizer: str | None = None  # gpt2, bytes or a tokenizer.json; default: the model's own
     seed: int = 0  # of prompts and bootstrap
@@ -874,7 +880,7 @@ class Flags:
 
     def __post_init__(self):
         if self.fast:
-            self.n, self.per_decade = min(self.n, 10), min(self.per_decade, 4)
+            self.n, self.per_decade = min(self.n, 8), min(self.per_decade, 4)
         for name in ("n", "batch_tokens", "per_decade", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
