@@ -523,12 +523,12 @@ def behaviour(name, model, task, flags):
     print(f"{name}: accuracy {accuracy:.1%}, {task.units} {full.mean():.3f} on clean prompts, "
           f"{empty.mean():.3f} on corrupt ones")
     if accuracy < task.floor and not flags.force:
-        raise ValueError(f"the {name} model is right on {accuracy:.0%} of the {task.name} prompts, below "
-                         f"{task.floor:.0%}: its circuit would say little; --force goes on")
+        raise ValueError(f"{name}: right on {accuracy:.0%} of the {task.name} prompts, below {task.floor:.0%}: "
+                         "its circuit would say little; --force goes on")
     gap = full.mean() - empty.mean()
     if gap.abs() < 1e-3 or (gap < 0 and not flags.force):
-        raise ValueError(f"the {name} model's {task.units} is not higher on clean prompts than on corrupt "
-                         f"ones, {full.mean():.4f} and {empty.mean():.4f}: there is no effect to explain")
+        raise ValueError(f"{name}: the {task.units} is not higher on clean prompts than on corrupt ones, "
+                         f"{full.mean():.4f} and {empty.mean():.4f}: there is no effect to explain")
     return full, empty, accuracy
 
 
