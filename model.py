@@ -258,7 +258,7 @@ class Transformer(nn.Module):
         """A model with the weights of `name_or_path`, float32; overrides replace Config fields.
 
         A hub name ("gpt2", "owner/name") or a local Hugging Face folder of a GPT-2 or a LLaMA; the
-        paper authors' final.pth; a checkpoint of train.py or addition_toy.py. adapter: a file of
+        paper authors' final.pth; a checkpoint of train.py, its folder, or one of addition_toy.py. adapter: a file of
         train.py --lora, which is added to them. Every tensor is accounted for, by name and shape:
         ValueError says what is missing, left over or of another shape.
         """
@@ -320,7 +320,7 @@ def read_model(name_or_path, adapter=None, **overrides):
 
 def read_checkpoint(name_or_path):
     """(Config fields, {our name: tensor}) of anything that from_pretrained opens."""
-    path = hub.fetch_model(name_or_path)
+    path = best_of(hub.fetch_model(name_or_path))
     if os.path.isfile(path):
         content = hub.read_pickle(path)
         settings = content.get("config") if isinstance(content, dict) else None
@@ -331,6 +331,12 @@ def read_checkpoint(name_or_path):
             return settings, content["model"]
         return from_nanogpt(path, content)
     return from_hugging_face(path, read_json(path), hub.read_weights(path))
+
+
+def best_of(path):
+    """The best checkpoint of a folder that train.py wrote; any other path as it is."""
+    best = os.path.join(path, "best.pt")
+    return best if os.path.isfile(best) else path
 
 
 def from_hugging_face(source, settings, weights):
@@ -349,7 +355,7 @@ def from_hugging_face(source, settings, weights):
 
 def read_config(name_or_path):
     """The Config alone; a name in plumbing/plan.py's KNOWN needs no download."""
-    if os.path.isfile(name_or_path):
+    if os.path.isfile(best_of(name_or_path)):
         return Config(**read_checkpoint(name_or_path)[0])
     settings = KNOWN.get(name_or_path)
     if settings is None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig,
                           LlamaForCausalLM)
 
-from model import Config, Transformer
+from model import Config, Transformer, read_config
 from plumbing.tokens import fixed_blocks, open_tokens, tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -233,6 +233,9 @@ def test_checkpoints_come_back_whole(tmp_path):
     assert read.lm_head.weight is read.wte.weight
     dense = Transformer.from_pretrained(str(tmp_path / "x.pt"), sparse=False)
     assert dense(idx)[2] is None
+    os.rename(tmp_path / "x.pt", tmp_path / "best.pt")  # as in a folder that train.py wrote
+    assert torch.equal(Transformer.from_pretrained(str(tmp_path))(idx)[0], ours(idx)[0])
+    assert read_config(str(tmp_path)) == ours.config
 
 
 # -----------------------------------------------------------------------------
