@@ -7,9 +7,9 @@ Which heads and edges does a model need for a task? Dense beside sparse.
 A circuit is a subgraph of the residual stream's graph: the embedding, every head and every MLP write
 to it, and every head (by q, k and v), every MLP and the logits read from it. A prompt (clean) is run
 beside one that has another answer (corrupt); an edge u -> v counts by what happens to the metric, which
-asks for the clean answer, when v alone reads u's corrupt value. Estimated for all edges at a time by one gradient (EAP,
-arXiv 2310.10348; with ig_steps EAP-IG, arXiv 2403.17806), and checked by running the circuit: all
-edges outside of it carry corrupt values. Gates are deterministic throughout.
+asks for the clean answer, when v alone reads u's corrupt value. That is estimated for all edges at a
+time by one gradient (EAP, arXiv 2310.10348; with ig_steps EAP-IG, arXiv 2403.17806), and checked by
+running the circuit: all edges outside of it carry corrupt values. Gates are deterministic throughout.
 """
 
 import csv
@@ -21,16 +21,14 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from matplotlib.collections import LineCollection
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import addition_toy
 from model import Transformer, rope_frequencies, rotate
+from plumbing import circuit_figures as figures
 from plumbing import tasks, tokens
-from plumbing.flags import open_folder, pick_device, replace, run, save_figure, write_results
+from plumbing.flags import open_folder, pick_device, replace, run, write_results
 from sparse import allowed_pairs, gate_map
 
 # -----------------------------------------------------------------------------
@@ -494,9 +492,6 @@ def check_pair(model, clean, corrupt):
 # -----------------------------------------------------------------------------
 # one model on one task
 
-LEVEL = 0.9  # of the effect, or of the sum of |scores|
-
-
 def rows_at_a_time(task, flags):
     return max(1, flags.batch_tokens // task.clean.shape[1])
 
@@ -511,17 +506,22 @@ def parts(task, flags, progress=None):
 
 
 @torch.no_grad()
-def behaviour(name, model, task, flags):
-    """Accuracy, and the metric of each clean and corrupt prompt; ValueError if there is no effect."""
+def runs_of(model, task, flags):
+    """The metric of each clean and of each corrupt prompt (N,), and the share of clean ones that are right."""
     full, empty, right = [], [], []
     for clean, corrupt, metric, correct in parts(task, flags):
         logits = model(clean)[0]
         full.append(metric(logits).cpu())
         right.append(correct(logits).cpu())
         empty.append(metric(model(corrupt)[0]).cpu())
-    full, empty, accuracy = torch.cat(full), torch.cat(empty), torch.cat(right).float().mean().item()
+    return torch.cat(full), torch.cat(empty), torch.cat(right).float().mean().item()
+
+
+def behaviour(name, model, task, flags):
+    """runs_of, printed; ValueError if the model can not do the task or there is no effect."""
+    full, empty, accuracy = runs_of(model, task, flags)
     print(f"{name}: accuracy {accuracy:.1%}, {task.units} {full.mean():.3f} on clean prompts, "
-          f"{empty.mean():.3f} on corrupt ones")
+          f"{empty.mean():.3f} on corrupt ones", flush=True)
     if accuracy < task.floor and not flags.force:
         raise ValueError(f"{name}: right on {accuracy:.0%} of the {task.name} prompts, below {task.floor:.0%}: "
                          "its circuit would say little; --force goes on")
@@ -585,10 +585,12 @@ def refined(numbers, measure, full, empty):
     return numbers, metrics, [explained_effect(m, full, empty) for m in metrics]
 
 
-def analyse(name, model, task, second, flags):
-    """Everything about one model: (results, what the figures need). second: another draw of the task."""
-    full, empty, accuracy = behaviour(name, model, task, flags)
-    others = behaviour(f"{name}, other prompts", model, second, flags)[:2]
+def analyse(name, model, task, second, first_runs, flags):
+    """Everything about one model: (results, what the figures need).
+
+    second: another draw of the task; first_runs: behaviour on the first.
+    """
+    full, empty, accuracy = first_runs
     graph = Graph(model.config, flags.qkv)
     if len(graph) * len(full) > 2**28:
         raise ValueError(f"--n {len(full)} prompts times {len(graph):,} edges are too many: lower --n")
@@ -597,7 +599,7 @@ def analyse(name, model, task, second, flags):
                "curves": {}}
     shown = {"graph": graph, "full": full, "empty": empty}
     analyse_heads(name, model, task, flags, results, shown)
-    analyse_edges(name, model, task, second, others, flags, results, shown)
+    analyse_edges(name, model, task, second, flags, results, shown)
     return results, shown
 
 
@@ -617,14 +619,13 @@ def analyse_heads(name, model, task, flags, results, shown):
                                      shown["empty"])
         results[f"heads_for_0.9_{rank}"] = first_above(counts, f)
         results["curves"][f"heads_{rank}"] = {"kept": counts, "explained_effect": f}
-        shown["heads"][rank] = counts, metrics, f
+        quartiles, left_out = over_sentences(metrics, shown["full"], shown["empty"])
+        results["sentences_left_out_of_quartiles"] = left_out
+        shown["heads"][rank] = counts, f, *quartiles
 
 
-def analyse_edges(name, model, task, second, others, flags, results, shown):
-    """Scores of all edges on each prompt; then circuits of the n largest of their mean.
-
-    others: (full, empty) of the second draw, on which the circuit that was found runs once more.
-    """
+def analyse_edges(name, model, task, second, flags, results, shown):
+    """Scores of all edges on each prompt; then circuits of the n largest of their mean."""
     graph, full = shown["graph"], shown["full"]
     scores = scores_of(model, task, flags, f"{name}: edges")
     mean = torch.zeros(graph.edges.shape)
@@ -643,11 +644,13 @@ def analyse_edges(name, model, task, second, others, flags, results, shown):
     needs = circuit(graph, mean.abs(), found)
     heads, mlps = graph.nodes(needs)
     of_mean, of_each = cumulative(scores.mean(0)), cumulative(scores)
+    full_2, empty_2, accuracy_2 = runs_of(model, second, flags)
+    metrics_2 = metrics_of_circuits(model, graph, second, [needs], flags)[0]
     results |= {
         "edges_for_0.9": found, "edges_for_0.9_after_pruning": int(needs.sum()), "heads_in_circuit": heads,
         "mlps_in_circuit": mlps, "nodes_for_0.9": heads + mlps,
-        "explained_effect_on_other_prompts": explained_effect(
-            metrics_of_circuits(model, graph, second, [needs], flags)[0], *others),
+        "accuracy_on_other_prompts": accuracy_2,
+        "explained_effect_on_other_prompts": explained_effect(metrics_2, full_2, empty_2),
         "edges_for_0.9_cumulative": needed(of_mean),
         "edges_for_0.9_cumulative_mean_of_curves": needed(of_each.mean(0))}
     results["curves"]["edges"] = {"requested": numbers, "explained_effect": f}
@@ -673,7 +676,15 @@ def analyse_edges(name, model, task, second, others, flags, results, shown):
               "boot": boot, "circuit": circuit(graph, mean.abs(), needed(of_mean))}
 
 
-def needed(share, level=LEVEL):
+def over_sentences(metrics, full, empty):
+    """Quartiles (2, counts) of the explained effect of each sentence, and how many had too small a gap."""
+    gap = full - empty
+    wide = gap.abs() > 0.05 * gap.abs().mean()
+    f = ((metrics - empty) / gap)[:, wide]
+    return f.quantile(torch.tensor([0.25, 0.75]), dim=1), int((~wide).sum())
+
+
+def needed(share, level=0.9):
     """How many of the largest hold the level: cumulative shares (E,) -> int."""
     return int((share < level).sum()) + 1
 
@@ -684,173 +695,27 @@ def interval(values):
 
 
 # -----------------------------------------------------------------------------
-# figures
-
-DENSE, SPARSE = "#0072B2", "#D55E00"  # told apart by colour-blind readers too
-COLORS = {"dense": DENSE, "sparse": SPARSE}
-
-
-def band(metrics, shown):
-    """Quartiles over sentences of the explained effect (counts, N), but of those with a tiny gap."""
-    gap = shown["full"] - shown["empty"]
-    wide = gap.abs() > 0.05 * gap.abs().mean()
-    f = ((metrics - shown["empty"]) / gap)[:, wide]
-    return f.quantile(torch.tensor([0.25, 0.75]), dim=1), int((~wide).sum())
-
-
-def draw_heads(shown, results, path):
-    """Figure 3 of the paper: explained effect over the number of heads kept, with quartiles."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    for axis, rank in zip(figure.subplots(1, 2, sharey=True), ("per_sentence", "global")):
-        for name, s in shown.items():
-            counts, metrics, f = s["heads"][rank]
-            (low, high), left_out = band(metrics, s)
-            results[name]["sentences_left_out_of_quartiles"] = left_out
-            axis.plot(counts, f, "o-", markersize=3, color=COLORS[name], label=name)
-            axis.fill_between(counts, low, high, color=COLORS[name], alpha=0.2, linewidth=0,
-                              label="quartiles of sentences")
-        axis.axhline(LEVEL, color="black", linewidth=0.8, linestyle=":")
-        axis.set(title="ranked for each sentence: " * (rank == "per_sentence") + "ranked once: " * (
-            rank == "global") + said(results["ratio"]["heads_for_0.9_" + rank]), xlabel="attention heads kept")
-        axis.set_xscale("symlog", linthresh=1)
-        axis.set_xlim(-0.2, 1.2 * max(s["heads"][rank][0][-1] for s in shown.values()))
-        axis.set_ylim(-0.25, max(1.4, 1.1 * max(max(s["heads"][rank][2]) for s in shown.values())))
-        axis.xaxis.set_major_formatter("{x:g}")
-    figure.axes[0].set_ylabel("explained effect")
-    figure.axes[0].legend(loc="upper left", fontsize=8)
-    save_figure(figure, path)
-
-
-def said(ratio):
-    return f"dense needs {ratio:.1f}x"
-
-
-def draw_edges(shown, results, path):
-    """Figures 4a and 5: explained effect of circuits, and cumulative |score|, over edges kept."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, s in shown.items():
-        left.plot(s["numbers"], s["f"], "o-", markersize=3, color=COLORS[name],
-                  label=f"{name}, of {len(s['graph']):,}")
-        x = np.arange(1, len(s["of_mean"]) + 1)
-        right.plot(x, s["of_mean"].numpy(), ":", color=COLORS[name], label=f"{name}, scores averaged first")
-        right.plot(x, s["of_each"].numpy(), "-", color=COLORS[name], label=f"{name}, mean of sentences' curves")
-    for axis in (left, right):
-        axis.axhline(LEVEL, color="black", linewidth=0.8, linestyle=":")
-        axis.set_xscale("log")
-    ratio, (low, high) = results["ratio"], results["interval"]["edges_for_0.9"]
-    left.set(title=f"{said(ratio['edges_for_0.9'])} edges for 0.9 ({low:.1f} to {high:.1f})",
-             xlabel="edges in the circuit, before pruning", ylabel="explained effect",
-             ylim=(-0.25, max(1.4, 1.1 * max(max(s["f"]) for s in shown.values()))))
-    right.set(title=f"{said(ratio['edges_for_0.9_cumulative'])} edges (dotted), "
-                    f"{ratio['edges_for_0.9_cumulative_mean_of_curves']:.1f}x (solid)",
-              xlabel="edges", ylabel="share of the sum of |scores|", ylim=(0, 1.05))
-    left.legend(fontsize=8, loc="upper left")
-    right.legend(fontsize=8, loc="lower right")
-    save_figure(figure, path)
-
-
-def draw_circuits(shown, path):
-    """Figure 4b: the heads and MLPs of the edges that hold 0.9 of the sum of |scores|, as a grid."""
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    for axis, (name, s) in zip(figure.subplots(1, 2), shown.items()):
-        graph, edges = s["graph"], s["circuit"]
-        L, H = graph.config.n_layer, graph.config.n_head
-        heads, mlps = graph.nodes(edges)
-        place = {"input": ((H - 1) / 2, -1), "logits": ((H - 1) / 2, L)}
-        place |= {f"m{l}": (H, l + 0.35) for l in range(L)}
-        place |= {f"a{l}.h{h}": (h, l) for l in range(L) for h in range(H)}
-        size = H // graph.config.n_kv_head
-        links = {}
-        for u, v in edges.nonzero().tolist():
-            target = graph.destinations[v].split("<")[0]
-            if ".g" in target:  # a group's heads read together: draw to the middle of them
-                l, g = target.split(".g")
-                place[target] = ((int(g) + 0.5) * size - 0.5, int(l[1:]))
-            pair = (graph.sources[u], target)
-            links[pair] = links.get(pair, 0) + s["mean"][u, v].abs().item()
-        top = max(links.values(), default=1)
-        strength = np.array([weight / top for weight in links.values()])
-        axis.add_collection(LineCollection(
-            [(place[u], place[v]) for u, v in links], colors=COLORS[name], linewidths=0.3 + 2 * strength,
-            alpha=0.05 + 0.85 * strength**0.5, capstyle="round"))
-        kept = {graph.sources[u] for u in edges.any(1).nonzero().flatten().tolist()}
-        for node, (x, y) in place.items():
-            if ".g" not in node:
-                on = node in kept or node == "logits"
-                axis.plot(x, y, "s" if node[0] == "m" else "o", color="black" if on else "0.85",
-                          markersize=max(2.0, 60 / max(L, H)) * (1 if on else 0.5), zorder=3)
-        axis.set(title=f"{name}: {int(edges.sum()):,} edges hold 0.9 of the sum of |scores|,\n"
-                       f"{heads} heads, {mlps} MLPs", ylim=(-1.6, L + 0.6),
-                 xlabel="head (right: MLP)", ylabel="layer (bottom: embedding, top: logits)")
-        axis.set_xticks(range(0, H, max(1, H // 8)))
-        axis.set_yticks(range(0, L, max(1, L // 8)))
-    save_figure(figure, path)
+# one sentence
 
 
 @torch.no_grad()
-def draw_maps(models, task, labels, rows, path):
-    """Figure 2b: A a of one sentence, rows of (model name, nodes): shut gates are white."""
-    width = max(len(nodes) for _, nodes in rows)
-    figure = Figure(figsize=(1 + 2.1 * width, 0.4 + 2.4 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), width, squeeze=False)
-    device = next(iter(models.values())).wte.weight.device
-    runs = {name: observe(model, task.clean[:1].to(device)) for name, model in models.items()}
-    for row, (name, nodes) in enumerate(rows):
-        for axis, node in zip(axes[row], [*nodes, *[None] * (width - len(nodes))]):
-            if node is None:
-                axis.axis("off")
-                continue
-            l, h = (int(part[1:]) for part in node.split("."))
-            seen = [runs[name].seen[f"h{l}.attn.{x}"] for x in "qkv"]
-            weights = attend(models[name], *seen)[1][0, h].cpu()
-            shades = weights.clamp(min=1e-3).where(weights > 0, torch.nan).numpy()
-            image = axis.imshow(shades, cmap="viridis", norm=LogNorm(1e-3, 1))
-            axis.set_title(f"{name} {node}\n{int((weights > 0).sum())} open", fontsize=9)
-            axis.set(xticks=[], yticks=[])
-            if len(labels) <= 24 and node == nodes[0]:
-                axis.set_yticks(range(len(labels)), labels, fontsize=6)
-            if len(labels) <= 24 and row == len(rows) - 1:
-                axis.set_xticks(range(len(labels)), labels, fontsize=6, rotation=90)
-    figure.colorbar(image, ax=axes, label="attention weight after the gate", shrink=0.7)
-    figure.supxlabel("from token", fontsize=10)
-    figure.supylabel("to token", fontsize=10)
-    save_figure(figure, path)
+def attention_maps(model, idx):
+    """A a of one prompt (1, T): (n_layer, n_head, T, T) on the CPU, 0.0 where a gate is shut."""
+    seen = observe(model, idx).seen
+    return torch.stack([attend(model, *(seen[f"h{l}.attn.{x}"] for x in "qkv"))[1][0]
+                        for l in range(model.config.n_layer)]).cpu()
 
 
-def draw_tokens(model, task, labels, path):
-    """The token graph of one sentence: open gates as edges between (token, layer). Returns counts."""
-    clean, corrupt = task.clean[:1], task.corrupt[:1]
-    device = next(model.parameters()).device
-    clean, corrupt = clean.to(device), corrupt.to(device)
-    scores = token_edges(model, clean, corrupt, lambda logits: task.metric(logits, slice(0, 1)))[0].cpu()
-    maps = []
-    for idx in (clean, corrupt):
-        run = observe(model, idx)
-        maps.append(torch.stack([attend(model, *(run.seen[f"h{l}.attn.{x}"] for x in "qkv"))[1][0] != 0
-                                 for l in range(model.config.n_layer)]).cpu())
+def token_graph(model, clean, corrupt, metric):
+    """Token edges of one prompt: |score| (n_layer, T, T), summed over heads, nan where no gate is open;
+    and how many gates are open in both runs, close, open, or are shut in both."""
+    maps = [attention_maps(model, idx) > 0 for idx in (clean, corrupt)]
+    classes = {"open in both": maps[0] & maps[1], "closes": maps[0] & ~maps[1],
+               "opens": ~maps[0] & maps[1], "shut in both": ~(maps[0] | maps[1])}
     allowed = allowed_pairs(clean.shape[1], model.config.causal)
-    both = {"open in both": (maps[0] & maps[1]), "closes": (maps[0] & ~maps[1]),
-            "opens": (~maps[0] & maps[1]), "shut in both": ~(maps[0] | maps[1])}
-    counts = {name: int((m & allowed).sum()) for name, m in both.items()}
-    L, T = model.config.n_layer, clean.shape[1]
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
-    axis = figure.subplots()
-    weight, opened = scores.abs().sum(1), (maps[0] | maps[1]).any(1)  # over heads: (L, T, T)
-    top = weight.max().clamp(min=1e-12)
-    for l, i, j in opened.nonzero().tolist():
-        strength = (weight[l, i, j] / top).item()
-        axis.plot([j, i], [l, l + 1], color=SPARSE if strength > 0.02 else "0.6",
-                  linewidth=0.4 + 3 * strength, alpha=0.25 + 0.75 * strength**0.5)
-    x, y = np.meshgrid(range(T), range(L + 1))
-    axis.plot(x.ravel(), y.ravel(), "o", color="black", markersize=2)
-    axis.set_xticks(range(T), labels, rotation=60, ha="right", fontsize=8)
-    axis.set(ylabel="layer", yticks=range(0, L + 1, max(1, L // 8)),
-             xlabel="token; colour and width: |score| of more than 2% of the largest",
-             title=f"{counts['open in both']:,} gates open in both runs, {counts['closes']:,} close, "
-                   f"{counts['opens']:,} open, {counts['shut in both']:,} shut in both: exactly 0")
-    save_figure(figure, path)
-    return counts
+    strength = token_edges(model, clean, corrupt, metric)[0].cpu().abs().sum(1)
+    return (strength.where((maps[0] | maps[1]).any(1), torch.nan),
+            {name: int((pairs & allowed).sum()) for name, pairs in classes.items()})
 
 
 # -----------------------------------------------------------------------------
@@ -917,6 +782,60 @@ def load(flags):
     return {name: m.eval().requires_grad_(False).to(flags.device) for name, m in models.items()}, tok
 
 
+def compare(results, shown):
+    """Adds the ratios dense / sparse, and the bootstrap intervals of them and of their parts."""
+    dense, sparse = results["dense"], results["sparse"]
+    results["ratio"] = {key: dense[key] / sparse[key] for key in dense
+                        if "_for_0.9" in key and not key.endswith("_interval")}
+    results["interval"] = {}
+    for key in shown["dense"]["boot"]:
+        pair = [shown[name]["boot"][key] for name in ("dense", "sparse")]
+        dense[key + "_interval"], sparse[key + "_interval"] = map(interval, pair)
+        results["interval"][key] = interval(np.divide(*pair))
+
+
+def print_table(results):
+    print(f"\n{'':42}{'dense':>10}{'sparse':>10}{'ratio':>8}  90% interval")
+    for key in [key for key, value in results["dense"].items() if isinstance(value, int | float)]:
+        cells = [f"{v:.3f}" if isinstance(v, float) else f"{v:,}"
+                 for v in (results[name][key] for name in ("dense", "sparse"))]
+        ratio, limits = results["ratio"].get(key), results["interval"].get(key)
+        print(f"{key:42}{cells[0]:>10}{cells[1]:>10}{f'{ratio:.1f}' if ratio else '':>8}"
+              + (f"  {limits[0]:.1f} to {limits[1]:.1f}" if limits else ""))
+
+
+def draw(models, task, tok, results, shown, flags):
+    """All figures; returns their paths. The sentence of the maps is the first clean prompt."""
+    path = {name: os.path.join(flags.out, f"{name}.png") for name in (
+        "heads", "edges", "circuits", "attention", "circuit_heads", "tokens")}
+    figures.draw_heads(shown, results, path["heads"])
+    figures.draw_edges(shown, results, path["edges"])
+    figures.draw_circuits(shown, path["circuits"])
+
+    clean, corrupt = (idx[:1].to(flags.device) for idx in (task.clean, task.corrupt))
+    labels = [tok.CHARACTERS[i] if tok is addition_toy else tok.decode([i]) for i in clean[0].tolist()]
+    maps = {name: attention_maps(model, clean) for name, model in models.items()}
+    heads = [node for node in shown["sparse"]["graph"].sources if node[0] == "a"]
+
+    def row(name, numbers):
+        return [(f"{name} {heads[n]}", maps[name].flatten(0, 1)[n]) for n in numbers.tolist()]
+
+    strongest = {name: (s["patched"] - s["empty"].mean()).abs().flatten().argsort(descending=True)[:6]
+                 for name, s in shown.items()}
+    figures.draw_maps([row(name, numbers) for name, numbers in strongest.items()], labels, path["attention"])
+    s = shown["sparse"]
+    weight = (s["mean"].abs() * s["circuit"]).sum(1)[[node[0] == "a" for node in s["graph"].sources]]
+    needed_heads = weight.argsort(descending=True)[:max(1, int((weight > 0).sum()))]
+    figures.draw_maps([row("sparse", numbers) for numbers in needed_heads[:64].split(8)], labels,
+                      path["circuit_heads"], f"the {min(64, len(needed_heads))} strongest of the "
+                      f"{len(needed_heads)} heads whose edges hold 0.9 of the sum of |scores|")
+
+    strength, results["token_graph"] = token_graph(models["sparse"], clean, corrupt,
+                                                   lambda logits: task.metric(logits, slice(0, 1)))
+    figures.draw_tokens(strength, results["token_graph"], labels, path["tokens"])
+    return list(path.values())
+
+
 def write_edges(shown, path):
     """edges.csv: every edge by name, with its mean score in both models."""
     def write(temporary):
@@ -943,43 +862,15 @@ def main(flags):
           f"{task.about}")
     results, shown = {"task": task.name, "about": task.about, "tokens": task.clean.shape[1],
                       "prompts_made": task.made, "flags": asdict(flags)}, {}
+    runs = {name: behaviour(name, model, task, flags) for name, model in models.items()}
     for name, model in models.items():
-        results[name], shown[name] = analyse(name, model, task, second, flags)
-    keys = [key for key in results["dense"] if "_for_0.9" in key]
-    results["ratio"] = {key: results["dense"][key] / results["sparse"][key] for key in keys}
-    results["interval"] = {}
-    for key, dense in shown["dense"]["boot"].items():
-        sparse = shown["sparse"]["boot"][key]
-        results["dense"][key + "_interval"], results["sparse"][key + "_interval"] = interval(dense), interval(sparse)
-        results["interval"][key] = interval(np.divide(dense, sparse))
-
-    labels = [tok.CHARACTERS[i] if tok is addition_toy else tok.decode([i]).replace("$", r"\$")
-              for i in task.clean[0].tolist()]
-    H = models["dense"].config.n_head
-    best = {name: [f"a{n // H}.h{n % H}" for n in (s["patched"] - s["empty"].mean()).abs().flatten().argsort(
-        descending=True)[:6].tolist()] for name, s in shown.items()}
-    files = {name: os.path.join(flags.out, name) for name in (
-        "heads.png", "edges.png", "circuits.png", "attention.png", "circuit_heads.png", "tokens.png",
-        "edges.csv")}
-    draw_heads(shown, results, files["heads.png"])
-    draw_edges(shown, results, files["edges.png"])
-    draw_circuits(shown, files["circuits.png"])
-    draw_maps(models, task, labels, [(name, best[name]) for name in models], files["attention.png"])
-    graph, strength = shown["sparse"]["graph"], (shown["sparse"]["mean"].abs() * shown["sparse"]["circuit"]).sum(1)
-    order = strength.argsort(descending=True)[:int((strength > 0).sum())].tolist()
-    needs = [graph.sources[u] for u in order if graph.sources[u][0] == "a"][:64]  # the strongest
-    rows = [("sparse", needs[i:i + 8]) for i in range(0, len(needs), 8)]
-    draw_maps(models, task, labels, rows or [("sparse", best["sparse"])], files["circuit_heads.png"])
-    results["token_graph"] = draw_tokens(models["sparse"], task, labels, files["tokens.png"])
-    write_edges(shown, files["edges.csv"])
-    print(f"\n{'':42}{'dense':>10}{'sparse':>10}{'ratio':>8}  90% interval")
-    for key in (key for key, value in results["dense"].items() if isinstance(value, int | float)):
-        row = [results[name][key] for name in ("dense", "sparse")]
-        cells = [f"{v:.3f}" if isinstance(v, float) else f"{v:,}" for v in row]
-        factor, limits = results["ratio"].get(key), results["interval"].get(key)
-        print(f"{key:42}{cells[0]:>10}{cells[1]:>10}{'' if factor is None else f'{factor:.1f}':>8}"
-              + (f"  {limits[0]:.1f} to {limits[1]:.1f}" if limits else ""))
-    print("wrote", write_results(flags.out, started, flags.device, **results), *files.values())
+        results[name], shown[name] = analyse(name, model, task, second, runs[name], flags)
+    compare(results, shown)
+    pictures = draw(models, task, tok, results, shown, flags)
+    edges = os.path.join(flags.out, "edges.csv")
+    write_edges(shown, edges)
+    print_table(results)
+    print("wrote", write_results(flags.out, started, flags.device, **results), edges, *pictures)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,152 @@
+"""
+The figures of patching.py, dense beside sparse.
+
+shown: {"dense": ..., "sparse": ...} of patching.analyse, results: the contents of results.json.
+"""
+
+import numpy as np
+import torch
+from matplotlib.collections import LineCollection
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from plumbing.flags import save_figure
+
+COLORS = {"dense": "#0072B2", "sparse": "#D55E00"}  # told apart by colour-blind readers too
+
+
+def draw_heads(shown, results, path):
+    """Figure 3 of the paper: explained effect over the number of heads kept, with quartiles."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for axis, rank in zip(figure.subplots(1, 2, sharey=True), ("per_sentence", "global")):
+        for name, s in shown.items():
+            counts, f, low, high = s["heads"][rank]
+            axis.plot(counts, f, "o-", markersize=3, color=COLORS[name], label=name)
+            axis.fill_between(counts, low, high, color=COLORS[name], alpha=0.2, linewidth=0,
+                              label="quartiles of sentences")
+        axis.axhline(0.9, color="black", linewidth=0.8, linestyle=":")
+        how = {"per_sentence": "ranked for each sentence", "global": "ranked once"}[rank]
+        axis.set(title=f"{how}: {said(results['ratio']['heads_for_0.9_' + rank])}", xlabel="attention heads kept")
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xlim(-0.2, 1.2 * max(s["heads"][rank][0][-1] for s in shown.values()))
+        axis.set_ylim(-0.25, max(1.4, 1.1 * max(max(s["heads"][rank][1]) for s in shown.values())))
+        axis.xaxis.set_major_formatter("{x:g}")
+    figure.axes[0].set_ylabel("explained effect")
+    figure.axes[0].legend(loc="upper left", fontsize=8)
+    save_figure(figure, path)
+
+
+def said(ratio):
+    return f"dense needs {ratio:.1f}x"
+
+
+def draw_edges(shown, results, path):
+    """Figures 4a and 5: explained effect of circuits, and cumulative |score|, over edges kept."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, s in shown.items():
+        left.plot(s["numbers"], s["f"], "o-", markersize=3, color=COLORS[name],
+                  label=f"{name}, of {len(s['graph']):,}")
+        x = np.arange(1, len(s["of_mean"]) + 1)
+        right.plot(x, s["of_mean"].numpy(), ":", color=COLORS[name], label=f"{name}, scores averaged first")
+        right.plot(x, s["of_each"].numpy(), "-", color=COLORS[name], label=f"{name}, mean of sentences' curves")
+    for axis in (left, right):
+        axis.axhline(0.9, color="black", linewidth=0.8, linestyle=":")
+        axis.set_xscale("log")
+    ratio, (low, high) = results["ratio"], results["interval"]["edges_for_0.9"]
+    left.set(title=f"{said(ratio['edges_for_0.9'])} edges for 0.9 ({low:.1f} to {high:.1f})",
+             xlabel="edges in the circuit, before pruning", ylabel="explained effect",
+             ylim=(-0.25, max(1.4, 1.1 * max(max(s["f"]) for s in shown.values()))))
+    right.set(title=f"{said(ratio['edges_for_0.9_cumulative'])} edges (dotted), "
+                    f"{ratio['edges_for_0.9_cumulative_mean_of_curves']:.1f}x (solid)",
+              xlabel="edges", ylabel="share of the sum of |scores|", ylim=(0, 1.05))
+    left.legend(fontsize=8, loc="upper left")
+    right.legend(fontsize=8, loc="lower right")
+    save_figure(figure, path)
+
+
+def draw_circuits(shown, path):
+    """Figure 4b: the heads and MLPs of the edges that hold 0.9 of the sum of |scores|, as a grid."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    for axis, (name, s) in zip(figure.subplots(1, 2), shown.items()):
+        graph, edges = s["graph"], s["circuit"]
+        L, H = graph.config.n_layer, graph.config.n_head
+        heads, mlps = graph.nodes(edges)
+        place = {"input": ((H - 1) / 2, -1), "logits": ((H - 1) / 2, L)}
+        place |= {f"m{l}": (H, l + 0.35) for l in range(L)}
+        place |= {f"a{l}.h{h}": (h, l) for l in range(L) for h in range(H)}
+        size = H // graph.config.n_kv_head
+        links = {}
+        for u, v in edges.nonzero().tolist():
+            target = graph.destinations[v].split("<")[0]
+            if ".g" in target:  # a group's heads read together: draw to the middle of them
+                l, g = target.split(".g")
+                place[target] = ((int(g) + 0.5) * size - 0.5, int(l[1:]))
+            pair = (graph.sources[u], target)
+            links[pair] = links.get(pair, 0) + s["mean"][u, v].abs().item()
+        top = max(links.values(), default=1)
+        strength = np.array([weight / top for weight in links.values()])
+        axis.add_collection(LineCollection(
+            [(place[u], place[v]) for u, v in links], colors=COLORS[name], linewidths=0.3 + 2 * strength,
+            alpha=0.05 + 0.85 * strength**0.5, capstyle="round"))
+        kept = {graph.sources[u] for u in edges.any(1).nonzero().flatten().tolist()}
+        for node, (x, y) in place.items():
+            if ".g" not in node:
+                on = node in kept or node == "logits"
+                axis.plot(x, y, "s" if node[0] == "m" else "o", color="black" if on else "0.85",
+                          markersize=max(2.0, 60 / max(L, H)) * (1 if on else 0.5), zorder=3)
+        axis.set(title=f"{name}: {int(edges.sum()):,} edges hold 0.9 of the sum of |scores|,\n"
+                       f"{heads} heads, {mlps} MLPs", ylim=(-1.6, L + 0.6),
+                 xlabel="head (right: MLP)", ylabel="layer (bottom: embedding, top: logits)")
+        axis.set_xticks(range(0, H, max(1, H // 8)))
+        axis.set_yticks(range(0, L, max(1, L // 8)))
+    save_figure(figure, path)
+
+
+def draw_maps(rows, labels, path, title=None):
+    """Figure 2b: rows of (name, A a (T, T)) of one sentence; shut gates are white."""
+    figure = Figure(figsize=(1 + 2.1 * len(rows[0]), 0.4 + 2.4 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    ticks, labels = range(len(labels)), [literal(label) for label in labels]
+    for axis in axes.flat[sum(map(len, rows)):]:
+        axis.axis("off")
+    for n, (name, weights) in enumerate(sum(rows, [])):
+        axis = axes.flat[n]
+        shades = weights.clamp(min=1e-3).where(weights > 0, torch.nan)
+        image = axis.imshow(shades.numpy(), cmap="viridis", norm=LogNorm(1e-3, 1))
+        axis.set_title(f"{name}\n{int((weights > 0).sum())} open", fontsize=9)
+        axis.set(xticks=[], yticks=[])
+        if len(labels) <= 24 and axis in axes[:, 0]:
+            axis.set_yticks(ticks, labels, fontsize=6)
+        if len(labels) <= 24 and axis in axes[-1]:
+            axis.set_xticks(ticks, labels, fontsize=6, rotation=90)
+    figure.colorbar(image, ax=axes, label="attention weight after the gate", shrink=0.7)
+    figure.suptitle(title)
+    figure.supxlabel("from token", fontsize=10)
+    figure.supylabel("to token", fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_tokens(strength, counts, labels, path):
+    """The token graph of one sentence: gates, open in one of the runs, from (token, layer) to the next."""
+    L, T = strength.shape[:2]
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    axis = figure.subplots()
+    strength = strength / strength.nan_to_num().max().clamp(min=1e-12)
+    for l, i, j in (~strength.isnan()).nonzero().tolist():
+        share = strength[l, i, j].item()
+        axis.plot([j, i], [l, l + 1], color=COLORS["sparse"] if share > 0.02 else "0.6",
+                  linewidth=0.4 + 3 * share, alpha=0.25 + 0.75 * share**0.5)
+    x, y = np.meshgrid(range(T), range(L + 1))
+    axis.plot(x.ravel(), y.ravel(), "o", color="black", markersize=2)
+    axis.set_xticks(range(T), [literal(label) for label in labels], rotation=60, ha="right", fontsize=8)
+    axis.set(ylabel="layer", yticks=range(0, L + 1, max(1, L // 8)),
+             xlabel="token (orange: |score| above 2% of the largest; width: |score|)",
+             title=f"{counts['open in both']:,} gates open in both runs, {counts['closes']:,} close, "
+                   f"{counts['opens']:,} open, {counts['shut in both']:,} shut in both: exactly 0")
+    save_figure(figure, path)
+
+
+def literal(label):
+    """A token as a label: $ would begin a formula."""
+    return label.replace("$", r"\$")
