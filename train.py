@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass, replace as changed
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from tqdm import tqdm
@@ -604,10 +605,11 @@ def draw(job, flags):
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axis = figure.subplots()
     shares = np.array((state["best"] or trace[-1])["heads"]) * 100
-    image = axis.imshow(shares, cmap="viridis", vmin=0, origin="lower", aspect="auto")
+    image = axis.imshow(shares.clip(0.01), cmap="viridis", norm=LogNorm(0.01, 100), origin="lower",
+                        aspect="auto")
     n_layer, n_head = shares.shape
     axis.set(xlabel="head", ylabel="layer", xticks=range(n_head), yticks=range(n_layer))
-    figure.colorbar(image, label="open edges (%)")
+    figure.colorbar(image, label="open edges (%), 0.01 or less at the bottom", format="{x:g}")
     save_figure(figure, os.path.join(flags.out, FIGURES[1]))
 
     figure = Figure(figsize=(12, 3.4), layout="constrained")
