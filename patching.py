@@ -673,7 +673,7 @@ def analyse_edges(name, model, task, second, flags, results, shown):
         boot["edges_for_0.9"].append(first_above(numbers, again))
         boot["edges_for_0.9_cumulative_mean_of_curves"].append(needed(of_each[d].mean(0)))
     shown |= {"numbers": numbers, "f": f, "of_mean": of_mean, "of_each": of_each.mean(0), "mean": mean,
-              "boot": boot, "circuit": circuit(graph, mean.abs(), needed(of_mean))}
+              "boot": boot, "needs": needs, "circuit": circuit(graph, mean.abs(), needed(of_mean))}
 
 
 def over_sentences(metrics, full, empty):
@@ -824,11 +824,13 @@ def draw(models, task, tok, results, shown, flags):
                  for name, s in shown.items()}
     figures.draw_maps([row(name, numbers) for name, numbers in strongest.items()], labels, path["attention"])
     s = shown["sparse"]
-    weight = (s["mean"].abs() * s["circuit"]).sum(1)[[node[0] == "a" for node in s["graph"].sources]]
+    weight = (s["mean"].abs() * s["needs"]).sum(1)[[node[0] == "a" for node in s["graph"].sources]]
     needed_heads = weight.argsort(descending=True)[:max(1, int((weight > 0).sum()))]
-    figures.draw_maps([row("sparse", numbers) for numbers in needed_heads[:64].split(8)], labels,
-                      path["circuit_heads"], f"the {min(64, len(needed_heads))} strongest of the "
-                      f"{len(needed_heads)} heads whose edges hold 0.9 of the sum of |scores|")
+    title = f"all {len(needed_heads)} heads of the circuit that explains 0.9 of the effect"
+    if len(needed_heads) > 144:
+        title = title.replace("all", "the 144 strongest of the")
+    figures.draw_maps([row("sparse", numbers) for numbers in needed_heads[:144].split(8)], labels,
+                      path["circuit_heads"], title)
 
     strength, results["token_graph"] = token_graph(models["sparse"], clean, corrupt,
                                                    lambda logits: task.metric(logits, slice(0, 1)))
