@@ -94,9 +94,9 @@ def draw_circuits(shown, path):
             if ".g" not in node:
                 on = node in kept or node == "logits"
                 axis.plot(x, y, "s" if node[0] == "m" else "o", color="black" if on else "0.85",
-                          markersize=max(2.0, 60 / max(L, H)) * (1 if on else 0.5), zorder=3)
+                          markersize=min(12, max(2, 60 / max(L, H))) * (1 if on else 0.5), zorder=3)
         axis.set(title=f"{name}: {int(edges.sum()):,} edges hold 0.9 of the sum of |scores|,\n"
-                       f"{heads} heads, {mlps} MLPs", ylim=(-1.6, L + 0.6),
+                       f"{heads} heads, {mlps} MLPs", xlim=(-0.7, H + 0.5), ylim=(-1.6, L + 0.6),
                  xlabel="head (right: MLP)", ylabel="layer (bottom: embedding, top: logits)")
         axis.set_xticks(range(0, H, max(1, H // 8)))
         axis.set_yticks(range(0, L, max(1, L // 8)))
@@ -121,7 +121,7 @@ def draw_maps(rows, labels, path, title=None):
         if len(labels) <= 24 and axis in axes[-1]:
             axis.set_xticks(ticks, labels, fontsize=6, rotation=90)
     figure.colorbar(image, ax=axes, label="attention weight after the gate", shrink=0.7)
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=10)
     figure.supxlabel("from token", fontsize=10)
     figure.supylabel("to token", fontsize=10)
     save_figure(figure, path)
