@@ -492,6 +492,7 @@ def check_pair(model, clean, corrupt):
 # -----------------------------------------------------------------------------
 # one model on one task
 
+
 def rows_at_a_time(task, flags):
     return max(1, flags.batch_tokens // task.clean.shape[1])
 
@@ -644,13 +645,13 @@ def analyse_edges(name, model, task, second, flags, results, shown):
     needs = circuit(graph, mean.abs(), found)
     heads, mlps = graph.nodes(needs)
     of_mean, of_each = cumulative(scores.mean(0)), cumulative(scores)
-    full_2, empty_2, accuracy_2 = runs_of(model, second, flags)
-    metrics_2 = metrics_of_circuits(model, graph, second, [needs], flags)[0]
+    full_2, _, accuracy_2 = runs_of(model, second, flags)
+    none_2, metrics_2 = metrics_of_circuits(model, graph, second, [circuit(graph, mean, 0), needs], flags)
     results |= {
         "edges_for_0.9": found, "edges_for_0.9_after_pruning": int(needs.sum()), "heads_in_circuit": heads,
         "mlps_in_circuit": mlps, "nodes_for_0.9": heads + mlps,
         "accuracy_on_other_prompts": accuracy_2,
-        "explained_effect_on_other_prompts": explained_effect(metrics_2, full_2, empty_2),
+        "explained_effect_on_other_prompts": explained_effect(metrics_2, full_2, none_2),
         "edges_for_0.9_cumulative": needed(of_mean),
         "edges_for_0.9_cumulative_mean_of_curves": needed(of_each.mean(0))}
     results["curves"]["edges"] = {"requested": numbers, "explained_effect": f}
