@@ -802,7 +802,7 @@ def print_table(results):
                  for v in (results[name][key] for name in ("dense", "sparse"))]
         ratio, limits = results["ratio"].get(key), results["interval"].get(key)
         print(f"{key:42}{cells[0]:>10}{cells[1]:>10}{f'{ratio:.1f}' if ratio else '':>8}"
-              + (f"  {limits[0]:.1f} to {limits[1]:.1f}" if limits else ""))
+              + (f"  {limits[0]:.2g} to {limits[1]:.2g}" if limits else ""))
 
 
 def draw(models, task, tok, results, shown, flags):

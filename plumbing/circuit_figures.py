@@ -29,7 +29,8 @@ def draw_heads(shown, results, path):
         axis.set(title=f"{how}: {said(results['ratio']['heads_for_0.9_' + rank])}", xlabel="attention heads kept")
         axis.set_xscale("symlog", linthresh=1)
         axis.set_xlim(-0.2, 1.2 * max(s["heads"][rank][0][-1] for s in shown.values()))
-        axis.set_ylim(-0.25, max(1.4, 1.1 * max(max(s["heads"][rank][1]) for s in shown.values())))
+        axis.set_ylim(-0.25, max(1.4, 1.1 * max(max(f) for s in shown.values()
+                                                for _, f, *_ in s["heads"].values())))
         axis.xaxis.set_major_formatter("{x:g}")
     figure.axes[0].set_ylabel("explained effect")
     figure.axes[0].legend(loc="upper left", fontsize=8)
@@ -54,7 +55,7 @@ def draw_edges(shown, results, path):
         axis.axhline(0.9, color="black", linewidth=0.8, linestyle=":")
         axis.set_xscale("log")
     ratio, (low, high) = results["ratio"], results["interval"]["edges_for_0.9"]
-    left.set(title=f"{said(ratio['edges_for_0.9'])} edges for 0.9 ({low:.1f} to {high:.1f})",
+    left.set(title=f"{said(ratio['edges_for_0.9'])} edges for 0.9 ({low:.2g} to {high:.2g})",
              xlabel="edges in the circuit, before pruning", ylabel="explained effect",
              ylim=(-0.25, max(1.4, 1.1 * max(max(s["f"]) for s in shown.values()))))
     right.set(title=f"{said(ratio['edges_for_0.9_cumulative'])} edges (dotted), "

@@ -57,8 +57,10 @@ def test_the_cost_table_is_the_result_file():
         naive = "-" if row.get("ratio_naive") is None else f"{row['ratio_naive']:.2f}"
         memory = " / ".join("-" if row.get(f"mib_{impl}") is None else f"{row[f'mib_{impl}']:.0f}"
                             for impl in ("sdpa", "naive", "chunked"))
-        line = f"| {row['B']}, {row['T']} | {naive} | {row['ratio_chunked']:.2f} | {memory} |"
-        assert line in README, line
+        naive = "-" if naive == "-" else f"{naive} ({row['ratio_forward_naive']:.2f})"
+        chunked = f"{row['ratio_chunked']:.2f} ({row['ratio_forward_chunked']:.2f})"
+        line = rf"\| {row['B']}, {row['H']}, {row['T']}[^|]* " + re.escape(f"| {naive} | {chunked} | {memory} |")
+        assert re.search(line, README), line
 
 
 def test_the_language_model_table_is_the_result_files():
@@ -112,25 +114,32 @@ def test_the_table_of_ranks_is_the_dry_run():
 
 def test_the_smollm2_run_is_the_result_file():
     r = results("smollm2")
-    for text in (f"{r['tokens']:,} tokens", f"{r['open_frac']:.1%} of the edges",
-                 f"{r['ce_sparse']:.3f} nats", f"the dense model has {r['ce_dense']:.3f}"):
-        assert text in README, text
+    layers = [sum(shares) / len(shares) for shares in r["heads"]]
+    first = sum(sorted(r["heads"][0])[-6:]) / sum(map(sum, r["heads"]))
+    for text in (f"{r['tokens']:,} tokens", f"in {r['training_seconds'] / 60:.0f} minutes",
+                 f"{r['open_frac']:.2%} of the edges", f"{r['open_edges_per_query']:.2f} a query and head",
+                 f"{r['ce_sparse']:.3f} nats", f"the dense model has {r['ce_dense']:.3f}",
+                 f"without gates {r['ce_dense_control']:.3f}", f"{first:.0%} lies in six heads of layer 0",
+                 f"layers 1 to 29 keep {sum(layers[1:]) / 29:.2%}"):
+        assert text in README.replace("\n", " "), text
 
 
 def test_the_circuit_table_is_the_result_files():
-    def number(value):
-        return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
-
     for task in ("ioi", "greater-than", "addition"):
         r = results(f"circuits/{task}")
         for what, key in (("heads, ranked per sentence", "heads_for_0.9_per_sentence"),
                           ("heads, ranked once", "heads_for_0.9_global"),
                           ("edges by effect", "edges_for_0.9"),
-                          ("edges by sum of scores", "edges_for_0.9_cumulative")):
-            row = f"| | {what} | {number(r['dense'][key])} | {number(r['sparse'][key])} | {r['ratio'][key]:.1f}"
-            assert row in README, row
+                          ("edges by sum of scores, averaged first", "edges_for_0.9_cumulative"),
+                          ("edges by sum of scores, of each sentence", "edges_for_0.9_cumulative_mean_of_curves")):
+            row = f"| | {what} | {r['dense'][key]:,} | {r['sparse'][key]:,} | {r['ratio'][key]:.1f}"
+            if key in r["interval"]:
+                row += " ({:.2g} to {:.2g})".format(*r["interval"][key])
+            assert row + " |" in README, row
         accuracy = f"| accuracy | {r['dense']['accuracy']:.1%} | {r['sparse']['accuracy']:.1%} | |"
         assert f"{r['dense']['n']} prompts {accuracy}" in README
+    graph = results("circuits/ioi")["token_graph"]
+    assert f"{graph['shut in both']:,} of the\n{sum(graph.values()):,} of the sentence" in README
 
 
 def test_the_cost_of_edge_attribution_is_the_result_file():
