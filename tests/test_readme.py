@@ -119,7 +119,8 @@ def test_the_smollm2_run_is_the_result_file():
     for text in (f"{r['tokens']:,} tokens", f"in {r['training_seconds'] / 60:.0f} minutes",
                  f"{r['open_frac']:.2%} of the edges", f"{r['open_edges_per_query']:.2f} a query and head",
                  f"{r['ce_sparse']:.3f} nats", f"the dense model has {r['ce_dense']:.3f}",
-                 f"without gates {r['ce_dense_control']:.3f}", f"{first:.0%} lies in six heads of layer 0",
+                 f"without gates {r['ce_dense_control']:.3f}",
+                 f"{r['ce_sparse'] - r['ce_dense_control']:.2f} nats of it", f"{first:.0%} lies in six heads of layer 0",
                  f"layers 1 to 29 keep {sum(layers[1:]) / 29:.2%}"):
         assert text in README.replace("\n", " "), text
 
