@@ -456,6 +456,8 @@ def train(flags):
         export(job, flags, os.path.join(flags.out, "last.pt"))  # the final weights in one file
     results = report(job, flags, per_step)
     if fsdp.rank() == 0:
+        if flags.sparse:
+            draw(job, flags)  # once more: a resumed run may have got a control
         path = write_results(flags.out, started, job["device"], **results)
         print("wrote", path, *(os.path.join(flags.out, f) for f in FIGURES if flags.sparse))
 
