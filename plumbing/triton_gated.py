@@ -182,11 +182,6 @@ backward_kv = tuned(backward_kv_kernel, *BACKWARD_KV)
 # As operators of torch: torch.compile takes them whole, and asks the fake ones for shapes.
 
 
-def room(q):
-    """y, like q, and of every row (B, H, T): its log-sum-exp, sum of p and number of open gates."""
-    return torch.empty_like(q), *(q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(3))
-
-
 def how(q, k, bias, causal, sampled):
     """The last arguments of all three kernels, but for the sizes of their blocks."""
     (_, H, T, D), G = q.shape, k.shape[1]
@@ -197,15 +192,10 @@ def how(q, k, bias, causal, sampled):
 def gated(q: Tensor, k: Tensor, v: Tensor, start: Tensor, stride: Tensor, column: Tensor, bias: float,
           causal: bool, sampled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, log-sum-exp (B, H, T), and of each head (B, H): sum of p, number of open gates."""
-    (B, H, T, _), (y, lse, prob, opened) = q.shape, room(q)
+    B, H, T, _ = q.shape
+    y, lse, prob, opened = torch.empty_like(q), *(torch.empty(B, H, T, device=q.device) for _ in range(3))
     forward[lambda block: (triton.cdiv(T, block["BM"]), B * H)](
         q, k, v, y, lse, prob, opened, start, stride, column, *how(q, k, bias, causal, sampled))
-    return y, lse, prob.sum(-1), opened.sum(-1)
-
-
-@gated.register_fake
-def _(q, *_):
-    y, lse, prob, opened = room(q)
     return y, lse, prob.sum(-1), opened.sum(-1)
 
 
@@ -234,6 +224,8 @@ def backward(ctx, dy, _, dprob, __):
                            ctx.causal, ctx.sampled), *6 * [None]
 
 
+gated.register_fake(lambda q, *_: (
+    torch.empty_like(q), *(q.new_empty(q.shape[:dims], dtype=torch.float32) for dims in (3, 2, 2))))
 gated_backward.register_fake(lambda q, k, v, *_: tuple(map(torch.empty_like, (q, k, v))))
 gated.register_autograd(backward, setup_context=save)
 
