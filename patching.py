@@ -13,7 +13,6 @@ running the circuit: all edges outside of it carry corrupt values. Gates are det
 """
 
 import csv
-import json
 import os
 import time
 from collections import namedtuple
@@ -527,7 +526,7 @@ def behaviour(name, model, task, flags):
         raise ValueError(f"{name}: right on {accuracy:.0%} of the {task.name} prompts, below {task.floor:.0%}: "
                          "its circuit would say little; --force goes on")
     gap = full.mean() - empty.mean()
-    if gap.abs() < 1e-3 or (gap < 0 and not flags.force):
+    if not gap.abs() >= 1e-3 or (gap < 0 and not flags.force):  # nan, too
         raise ValueError(f"{name}: the {task.units} is not higher on clean prompts than on corrupt ones, "
                          f"{full.mean():.4f} and {empty.mean():.4f}: there is no effect to explain")
     return full, empty, accuracy

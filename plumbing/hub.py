@@ -14,7 +14,7 @@ import re
 import ssl
 import time
 import urllib.request
-from urllib.error import HTTPError, URLError
+from urllib.error import URLError
 from urllib.parse import quote, urlsplit
 
 import torch
