@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import addition_toy
 from model import Transformer, rope_frequencies, rotate
-from plumbing import circuit_figures as figures
+from plumbing import figures
 from plumbing import tasks, tokens
 from plumbing.flags import open_folder, pick_device, replace, run, write_results
 from sparse import allowed_pairs, gate_map

@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import json
+import math
 import os
 import pathlib
 import platform
@@ -50,6 +51,22 @@ def parse(flags, argv=None, doc=None):
             how["metavar"] = kind.__name__.upper()
         parser.add_argument(name, default=field.default, help=note, **how)
     return flags(**vars(parser.parse_args(argv)))
+
+
+def check(flags, rules):
+    """ValueError in one line unless the flags are as the table says: {"names": what they must be}.
+
+    A rule is "at least 1", "not negative", "positive", "finite", or "a | b | c": one of these. A flag
+    that is None was not given.
+    """
+    holds = {"at least 1": lambda x: x >= 1, "not negative": lambda x: 0 <= x < math.inf,
+             "positive": lambda x: 0 < x < math.inf, "finite": math.isfinite}
+    for names, rule in rules.items():
+        for name in names.split():
+            value, choices = getattr(flags, name), rule.split(" | ")
+            if value is not None and not (holds[rule](value) if rule in holds else value in choices):
+                rule = rule if rule in holds else f"one of {', '.join(choices)}"
+                raise ValueError(f"--{name.replace('_', '-')} must be {rule}, got {value!r}")
 
 
 def pick_device(device):
