@@ -151,3 +151,20 @@ def draw_tokens(strength, counts, labels, path):
 def literal(label):
     """A token as a label: $ would begin a formula."""
     return label.replace("$", r"\$")
+
+
+# -----------------------------------------------------------------------------
+# geco.py
+
+
+def draw_geco(trace, expected, path):
+    """The disc problem: objective, constraint and lambda over the steps, beside the known answers."""
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    colors = ["tab:blue", "tab:orange", "tab:purple"]
+    for axis, name, values, color in zip(figure.subplots(1, 3), expected, zip(*trace), colors):
+        axis.plot(values, color=color)
+        label = f"$\\tau$ = {expected[name]:g}" if name == "constraint" else "exact answer"
+        axis.axhline(expected[name], color="black", linestyle="--", linewidth=1, label=label)
+        axis.set(xlabel="step", title={"lambda": "multiplier $\\lambda$"}.get(name, name))
+        axis.legend()
+    save_figure(figure, path)

@@ -14,7 +14,7 @@ def solve(geco, start, steps=3000, state_at=None):
     optimizer, trace = torch.optim.SGD([point], lr=0.02), []
     for step in range(steps):
         if step == state_at:  # a restart: only the two floats survive
-            fresh = GECO(geco.tau)
+            fresh = GECO(geco.tau, width=geco.width)
             fresh.load_state_dict(geco.state_dict())
             geco = fresh
         constraint = (point - center).square().sum()
@@ -30,7 +30,7 @@ def solve(geco, start, steps=3000, state_at=None):
 @pytest.mark.parametrize("lam", [0.02, 50.0])
 def test_converges_from_both_sides(start, lam):
     """The disc of radius 2 around (3, 4): nearest point (1.8, 2.4), lambda = 3 / 2."""
-    point, found = solve(GECO(tau=4.0, lam=lam), start)[-1]
+    point, found = solve(GECO(tau=4.0, width=4.0, lam=lam), start)[-1]
     assert abs(point[0] - 1.8) < 1e-3 and abs(point[1] - 2.4) < 1e-3 and abs(found - 1.5) < 1e-3
 
 
@@ -54,7 +54,7 @@ def test_unreachable_tau_goes_to_the_bound_and_comes_back():
     assert geco.lam < 50
     for _ in range(5000):
         geco.update(1e-9)
-    assert geco.lam > 0 and math.isclose(geco.lam, 0.01 * math.exp(-0.5))
+    assert geco.lam > 0 and math.isclose(geco.lam, 0.001 * math.exp(-0.5))
 
 
 def test_a_start_outside_the_bounds_is_moved_inside():
@@ -77,19 +77,19 @@ def test_update_follows_the_equations():
     for ce in (2.2, 1.9, 100.0):
         geco.update(ce)
         c = ce if c is None else 0.5 * c + 0.5 * ce
-        e = max(-1, min(1, math.log(c / 2) / 0.5))
+        e = max(-1, min(1, (c - 2) / 0.5))
         h = h + 0.1 * e
         assert math.isclose(geco.lam, math.exp(h + 0.3 * e), rel_tol=1e-12)
 
 
 def test_resumes_bit_for_bit():
-    whole = solve(GECO(tau=4.0), [0.0, 0.0], steps=200)
-    assert solve(GECO(tau=4.0), [0.0, 0.0], steps=200, state_at=77) == whole
+    whole = solve(GECO(tau=4.0, width=4.0), [0.0, 0.0], steps=200)
+    assert solve(GECO(tau=4.0, width=4.0), [0.0, 0.0], steps=200, state_at=77) == whole
 
 
 @pytest.mark.parametrize(
     "bad", [dict(tau=0), dict(tau=-1.0), dict(tau=math.nan), dict(tau=1, nu=0), dict(tau=1, ema=1),
-            dict(tau=1, kp=-1), dict(tau=1, kp=1000), dict(tau=1, lam_max=1e-3), dict(tau=1, lam=0), dict(tau=1, width=0), dict(tau=1, lam_min=0)]
+            dict(tau=1, kp=-1), dict(tau=1, kp=1000), dict(tau=1, lam_max=1e-4), dict(tau=1, lam=0), dict(tau=1, width=0), dict(tau=1, lam_min=0)]
 )
 def test_bad_settings_are_one_clear_line(bad):
     with pytest.raises(ValueError) as error:

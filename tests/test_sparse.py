@@ -1,13 +1,21 @@
 """The gate: what each equation of sparse.py promises, then chunked against naive."""
 
 import math
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import sparse
+from plumbing import chunked, kernel
 from sparse import fold_in, gate_map, gated_attention, noise_keys, uniform
+
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def random_qkv(B=2, H=4, H_kv=4, T=17, D=16, dtype=torch.float32, seed=0):
@@ -66,7 +74,7 @@ def test_naive_is_the_formula(causal, seed, b):
 def test_straight_through_gradient_is_the_stated_one():
     """d/ds of the gate is sigmoid'(s + b + n), its value exactly 0 or 1."""
     s = torch.randn(1, 1, 5, 5, dtype=torch.float64, requires_grad=True)
-    A = sparse.gates(s, 0.7, torch.tensor([3]))
+    A = sparse.gates(s, 0.7, noise([3], 1, 5))
     n = -torch.logit(noise([3], 1, 5).double())
     g = torch.sigmoid(s + 0.7 + n)
     assert set(A.unique().tolist()) <= {0.0, 1.0}
@@ -157,10 +165,10 @@ def test_chunked_equals_naive(T, causal, seed, H_kv):
         for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
             q, k, v = random_qkv(H_kv=H_kv, T=T, dtype=dtype)
             naive = values_and_gradients("naive", q, k, v, bias, seed, causal)
-            chunked = values_and_gradients("chunked", q, k, v, bias, seed, causal)
+            tiled = values_and_gradients("chunked", q, k, v, bias, seed, causal)
             for name in naive:
                 scale = max(1, naive[name].abs().max().item())
-                error = (naive[name] - chunked[name]).abs().max().item()
+                error = (naive[name] - tiled[name]).abs().max().item()
                 assert error <= tolerance * scale, (name, bias, dtype, error)
 
 
@@ -211,11 +219,11 @@ def test_noise_does_not_depend_on_tiles_or_batch(monkeypatch):
     drawn = []
     monkeypatch.setattr(sparse, "uniform", lambda *a: drawn.append(uniform(*a).clone()) or a[3][1])
     for rows, tile in ((64, 2**18), (7, 2**10), (16, 1)):
-        monkeypatch.setattr(sparse, "ROWS", rows)
-        monkeypatch.setattr(sparse, "TILE", tile)
+        monkeypatch.setattr(chunked, "ROWS", rows)
+        monkeypatch.setattr(chunked, "TILE", tile)
         drawn.clear()
         gated_attention(q, k, v, 0.5, seeds, False, "chunked")
-        tiles = list(sparse.tiles(16, 50, False))
+        tiles = list(chunked.tiles(16, 50, False))
         assert len(tiles) == len(drawn)
         want = noise(seeds, 4, 50).flatten(0, 1)
         for (n, i, j), got in zip(tiles, drawn):
@@ -232,22 +240,22 @@ def test_gates_agree_except_below_rounding(monkeypatch):
     """naive's s + b - logit(u) > 0 and chunked's u < p may differ only where |u - p| is rounding."""
     q, k, v = (x.detach() for x in random_qkv(B=4, H=8, H_kv=8, T=200))
     opened = []
-    real = sparse.Tile.__call__
+    real = chunked.Tile.__call__
 
     def spy(self, *where):
         tile = real(self, *where)
         opened.append(tile[2].clone())
         return tile
 
-    monkeypatch.setattr(sparse.Tile, "__call__", spy)
+    monkeypatch.setattr(chunked.Tile, "__call__", spy)
     gated_attention(q, k, v, -1.0, 3, False, "chunked")
-    chunked = torch.zeros(32, 200, 200)
-    for (n, i, j), A in zip(sparse.tiles(32, 200, False), opened):
-        chunked[n, i, j] = A
+    tiled = torch.zeros(32, 200, 200)
+    for (n, i, j), A in zip(chunked.tiles(32, 200, False), opened):
+        tiled[n, i, j] = A
     naive = gate_map(q, k, -1.0, 3, False).flatten(0, 1)
     p = torch.sigmoid(q.double() @ k.double().mT / 4 - 1).flatten(0, 1)
     gap = (noise([3, 4, 5, 6], 8, 200).double().flatten(0, 1) - p).abs()
-    differ = naive != chunked.bool()
+    differ = naive != tiled.bool()
     assert (gap[differ] < 5e-7).all() and differ.sum() <= 5
 
 
@@ -343,3 +351,70 @@ def test_bad_input_is_one_clear_line(change, message):
     with pytest.raises(ValueError, match=message) as error:
         gated_attention(**(dict(q=q, k=k, v=v) | change))
     assert "\n" not in str(error.value)
+
+
+# -----------------------------------------------------------------------------
+# which form "auto" takes
+
+
+def test_auto_takes_naive_where_it_is_small_and_chunked_above(monkeypatch):
+    called = []
+    monkeypatch.setattr(sparse, "naive", lambda *a: called.append("naive") or (a[0], a[0], a[0]))
+    monkeypatch.setattr(sparse, "chunked", lambda *a, **k: called.append("chunked") or (a[0], a[0], a[0]))
+    for T in (11, 64, 256):
+        q = torch.randn(2, 4, T, 8)
+        gated_attention(q, q, q)
+    assert called == ["naive", "naive", "chunked"]
+
+
+class OnCuda:
+    """What `choose` looks at in a tensor, as if it were on a GPU."""
+
+    is_cuda, dtype, shape, device = True, torch.float32, torch.Size((1, 2, 500, 64)), torch.device("cpu")
+
+
+def errs(*_):
+    raise RuntimeError("no kernel image is available\nfor this device")
+
+
+def wrong(q, k, v, bias, keys, causal):
+    y, E, share = sparse.naive(q, k, v, bias, keys, causal)
+    return y + 1e-3 * v.mean(), E, share
+
+
+def wrong_gradient(q, k, v, bias, keys, causal):
+    return sparse.naive(q, k, v.detach() + 1.01 * (v - v.detach()), bias, keys, causal)
+
+
+def not_a_number(q, k, v, bias, keys, causal):
+    y, E, share = sparse.naive(q, k, v, bias, keys, causal)
+    return y * torch.nan, E, share
+
+
+@pytest.mark.parametrize("form, problem", [
+    (errs, "RuntimeError: no kernel image is available"), (wrong, "differs from naive by"),
+    (wrong_gradient, "differs from naive by"), (not_a_number, "differs from naive by nan")])
+def test_a_kernel_that_errs_or_is_wrong_is_not_used_and_one_line_says_so(form, problem, monkeypatch, capsys):
+    monkeypatch.setattr(kernel, "load", lambda q: form)
+    monkeypatch.setattr(kernel, "AGREED", {})
+    for _ in range(2):  # it is asked once
+        chosen, dtype = sparse.choose("auto", OnCuda)
+        assert chosen.func is sparse.chunked and dtype == torch.float32
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "takes the place of the Triton kernel" in out and problem in out
+
+
+def test_a_kernel_that_agrees_is_used(monkeypatch, capsys):
+    monkeypatch.setattr(kernel, "load", lambda q: sparse.naive)
+    monkeypatch.setattr(kernel, "AGREED", {})
+    assert sparse.choose("auto", OnCuda) == (sparse.naive, torch.float32)
+    assert kernel.AGREED == {torch.float32: True} and not capsys.readouterr().out
+
+
+def test_the_script_shows_gates_and_errors():
+    run = subprocess.run([sys.executable, "sparse.py"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "expected share of open gates" in run.stdout
+    rows = re.findall(r"^  \d  ([.#]+) +([.#]+)", run.stdout, re.M)
+    assert [len(a) for a, b in rows] == [len(b) for a, b in rows] == list(range(1, 9))
+    errors = re.search(r"chunked +(.*)", run.stdout)[1].split()
+    assert len(errors) == 5 and all(0 < float(e) < 1e-5 for e in errors)
