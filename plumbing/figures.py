@@ -9,8 +9,10 @@ import torch
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from plumbing.flags import save_figure
+from plumbing.tasks import Digits
 
 COLORS = {"dense": "#0072B2", "sparse": "#D55E00"}  # told apart by colour-blind readers too
 
@@ -167,4 +169,133 @@ def draw_geco(trace, expected, path):
         axis.axhline(expected[name], color="black", linestyle="--", linewidth=1, label=label)
         axis.set(xlabel="step", title={"lambda": "multiplier $\\lambda$"}.get(name, name))
         axis.legend()
+    save_figure(figure, path)
+
+
+# -----------------------------------------------------------------------------
+# train.py
+
+
+def draw_training(folder, trace, best, tau, ce_dense, control, context):
+    """ce_open.png, heads.png and lambda.png in the run's folder, from the evaluations so far.
+
+    trace, best: dicts of train.py's evaluations; ce_dense, tau in nats; control: its results or None.
+    """
+    opened, steps = [100 * p["open"] for p in trace], [p["step"] for p in trace]
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(opened, [p["ce"] for p in trace], "o-", markersize=3, label="deterministic gates")
+    sampled = [p for p in trace if "ce_sampled" in p]
+    axis.plot([100 * p["open"] for p in sampled], [p["ce_sampled"] for p in sampled], ".", color="0.6",
+              label="sampled gates")
+    axis.axhline(ce_dense, color="black", linewidth=1, label="dense model")
+    if "kl" not in trace[0]:
+        axis.axhline(tau, color="black", linestyle="--", linewidth=1, label="$\\tau$")
+    if control:
+        axis.axhline(control["ce_val"], color="black", linestyle=":", label="dense control")
+    if best:
+        axis.plot(100 * best["open"], best["ce"], "*", markersize=14, color="tab:orange", label="best state")
+    axis.set(xscale="log", xlabel=f"open attention edges (%), context {context}",
+             ylabel="held-out CE (nats a token)")
+    axis.xaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
+    axis.invert_xaxis()
+    axis.legend(fontsize=9)
+    save_figure(figure, f"{folder}/ce_open.png")
+
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axis = figure.subplots()
+    shares = np.array((best or trace[-1])["heads"]) * 100
+    image = axis.imshow(shares.clip(0.01), cmap="viridis", norm=LogNorm(0.01, 100), origin="lower",
+                        aspect="auto")
+    n_layer, n_head = shares.shape
+    axis.set(xlabel="head", ylabel="layer", xticks=range(n_head), yticks=range(n_layer))
+    figure.colorbar(image, label="open edges (%), 0.01 or less at the bottom", format="{x:g}")
+    save_figure(figure, f"{folder}/heads.png")
+
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    loss, edges, multiplier = figure.subplots(1, 3)
+    bounded = "kl" if "kl" in trace[0] else "ce"
+    loss.plot(steps, [p[bounded] for p in trace])
+    loss.axhline(tau, color="black", linestyle="--", linewidth=1, label="$\\tau$")
+    if bounded == "ce":
+        loss.axhline(ce_dense, color="black", linewidth=1, label="dense model")
+    loss.legend(fontsize=9)
+    loss.set(xlabel="step", ylabel=f"held-out {bounded.upper()} (nats a token)")
+    edges.plot(steps, opened)
+    edges.set(xlabel="step", ylabel="open attention edges (%)", yscale="log")
+    multiplier.plot(steps[1:], [p["lambda"] for p in trace[1:]])
+    multiplier.set(xlabel="step", ylabel="multiplier $\\lambda$", yscale="log")
+    for axis in (edges, multiplier):
+        axis.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
+    save_figure(figure, f"{folder}/lambda.png")
+
+
+# -----------------------------------------------------------------------------
+# the addition toy
+
+EXAMPLES = {(53, 21): "no carry", (36, 28): "one carry", (43, 59): "two carries"}
+
+
+def draw_additions(evaluations, path):
+    """Figure 1 of the paper: models, {name: Evaluation of all 10,000 problems}, by three problems."""
+    figure = Figure(figsize=(13, 6.4), layout="constrained")
+    axes = figure.subplots(len(evaluations), len(EXAMPLES), squeeze=False)
+    for row, (name, e) in zip(axes, evaluations.items()):
+        for axis, ((x, y), carries) in zip(row, EXAMPLES.items()):
+            weights = e.weights[100 * x + y].amax(1)  # (n_layer, 11, 11), the largest of the heads
+            draw_addition(axis, weights, f"{x}+{y}=?????", Digits().decode(e.answers[100 * x + y]),
+                          faintest=0.01 if e.gates.all() else 0.3)
+            if row is axes[0]:
+                axis.set_title(f"{x} + {y}: {carries}", fontsize=15)
+            axis.set_xlabel(f"{int((weights > 0).sum())} attention edges", fontsize=12)
+        row[0].set_ylabel(name, fontsize=17)
+    save_figure(figure, path)
+
+
+def draw_addition(axis, weights, problem, answer, faintest):
+    """One problem: characters at the bottom, layers upward, edge j -> i in blue by its weight."""
+    n_layer = len(weights)
+    for i in range(11):
+        axis.plot([i, i], [0, n_layer], color="0.8", linewidth=2, zorder=1)  # residual stream
+    for l, i, j in weights.nonzero().tolist():
+        strength = faintest + (1 - faintest) * min(1.0, weights[l, i, j].item())
+        axis.plot([j, i], [l, l + 1], color="tab:blue", linewidth=2.2, alpha=strength, zorder=2)
+    for level in range(n_layer + 1):
+        symbols = {0: problem, n_layer: answer.rjust(11)}.get(level, " " * 11)
+        for i, symbol in enumerate(symbols):
+            axis.plot(i, level, "o", markersize=17, color="white", markeredgecolor="0.35", zorder=3)
+            axis.text(i, level, symbol, ha="center", va="center", fontsize=12, zorder=4)
+    axis.set(xlim=(-0.6, 10.6), ylim=(-0.3, n_layer + 0.3), xticks=[])
+    axis.set_yticks([l + 0.5 for l in range(n_layer)], [f"layer {l}" for l in range(n_layer)],
+                    rotation=90, va="center", fontsize=11)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+
+
+def draw_addition_training(traces, per_seed, path):
+    """CE, exact match, open edges and lambda over the steps of sparse post-training, every seed."""
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    (ce, exact), (edges, lam) = figure.subplots(2, 2, sharex=True)
+    for n, (trace, results) in enumerate(zip(traces, per_seed)):
+        column = {key: [point[key] for point in trace] for key in trace[0]}
+        step, thin = column["step"], {"color": f"C{n}", "linewidth": 1}
+        ce.plot(step, column["ce_sampled"], **thin, label=f"seed {results['seed']}")
+        ce.plot(step, column["bound"], **thin, linestyle="--", label=None if n else "the bound")
+        exact.plot(step, [100 * share for share in column["exact"]], **thin)
+        edges.plot(step, column["edges"], **thin, alpha=0.4)
+        edges.plot(step, column["kept"], color=f"C{n}", linewidth=2.5,
+                   label=None if n else "the best state so far, which is kept")
+        lam.plot(step, column["lam"], **thin)
+    ce.axhline(per_seed[0]["tau"], color="black", linewidth=1.5, label="$\\tau$")
+    ce.axhline(per_seed[0]["dense_ce"], color="black", linestyle=":", label="dense model's CE")
+    ce.set(yscale="log", ylabel="CE, sampled gates (nats a digit)")
+    exact.set(ylabel="exact match, training problems (%)", ylim=(45, 102))
+    edges.set(yscale="log", ylabel=f"open edges a problem (of {per_seed[0]['allowed_edges']})",
+              xlabel="step")
+    edges.set_yticks([5, 6, 8, 10, 20, 50, 100, 200], [5, 6, 8, 10, 20, 50, 100, 200])
+    lam.set(yscale="log", ylabel="multiplier $\\lambda$", xlabel="step")
+    for axis in (ce, exact, edges, lam):
+        axis.grid(alpha=0.3)
+    ce.legend(fontsize=8, ncols=2)
+    edges.legend(fontsize=9)
     save_figure(figure, path)

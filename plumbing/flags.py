@@ -35,9 +35,11 @@ class Parser(argparse.ArgumentParser):
 def parse(flags, argv=None, doc=None):
     """An instance of the dataclass `flags` from the command line: --lr 1, --lr=1, --no-compile.
 
-    A flag of type `int | None` (or float, str) is None until given. Bad input: ValueError.
+    A flag of type `int | None` (or float, str) is None until given. The names of those that were given
+    are the result's attribute `given`, because a value may be given that is the default. Bad input:
+    ValueError.
     """
-    parser = Parser(description=doc, allow_abbrev=False,
+    parser = Parser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     helps = dict(re.findall(r"^    (\w+) *:[^#\n]*#+ *(.*)$", inspect.getsource(flags), re.M))
     kinds = typing.get_type_hints(flags)
@@ -49,8 +51,11 @@ def parse(flags, argv=None, doc=None):
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         if kind is not bool:
             how["metavar"] = kind.__name__.upper()
-        parser.add_argument(name, default=field.default, help=note, **how)
-    return flags(**vars(parser.parse_args(argv)))
+        parser.add_argument(name, help=note, **how)
+    given = vars(parser.parse_args(argv))
+    result = flags(**given)
+    result.given = set(given)
+    return result
 
 
 def check(flags, rules):

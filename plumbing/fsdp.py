@@ -32,11 +32,10 @@ def world():
 
 
 @contextlib.contextmanager
-def process_group(device, on_failure):
-    """Join the other ranks of torchrun; only rank 0 prints. Yields the device of this rank.
-
-    on_failure: what to tell the user when another rank has failed, which ends this one too.
-    """
+def process_group(device, folder):
+    """Join the other ranks of torchrun; only rank 0 prints. folder: where the checkpoints are."""
+    on_failure = (f"this rank ends because another one has failed; the last checkpoint is in {folder}: "
+                  f"go on with torchrun ... train.py --fsdp --resume {folder}")
     if "RANK" not in os.environ:
         raise ValueError("--fsdp needs one process a GPU: start it as torchrun --nproc-per-node N "
                          "train.py --fsdp ...")
@@ -52,7 +51,7 @@ def process_group(device, on_failure):
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     try:
-        yield device
+        yield
         leave()
     except SystemExit:  # the end of a sitting, or Ctrl-C: of all ranks at the same step
         leave()
@@ -116,16 +115,19 @@ def mean(values):
 def shard(model, weights, device, half=False):
     """Cut a model on the meta device over the ranks and load it: each reads only its own slices.
 
-    weights {name: tensor}, whole, and the same on all ranks. half: blocks compute in bfloat16
-    (the gates in float32), parameters and the sums of gradients stay as they are.
+    weights {name: tensor}, whole, and the same on all ranks. half: the blocks' matrices are gathered
+    in bfloat16, as autocast would cast them in one process. Norms, embeddings and head stay float32,
+    and so does the residual stream: one process and many have the same numbers.
     """
+    mesh = dist.init_device_mesh(device, (world(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None,
                                   reduce_dtype=torch.float32 if half else None,
-                                  cast_forward_inputs=False)  # RoPE's angles stay float32
-    mesh = dist.init_device_mesh(device, (world(),))
+                                  cast_forward_inputs=False)
     for block in model.h:
+        for norm in (block.ln_1, block.ln_2) if half else ():
+            fully_shard(norm, mesh=mesh)
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # embeddings, norm, head
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # embeddings, last norm, head
     state = {}
     for name, p in model.named_parameters():  # a tied head comes once
         whole = weights[name].to(p.dtype)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from plumbing import hub
 
-ATTENTION, MLP = ("attn.c_attn", "attn.c_proj"), ("mlp.c_fc", "mlp.c_gate", "mlp.c_proj")
+MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_gate", "mlp.c_proj")  # of every block
 
 
 class Adapted(nn.Module):
@@ -29,12 +29,16 @@ class Adapted(nn.Module):
         return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.lora_a), self.lora_b)
 
 
-def add(model, rank, mlp=False, seed=0):
-    """Freeze the model and give it adapters; returns their first weights, {name: tensor}, B = 0."""
+def add(model, rank, seed=0):
+    """Freeze the model, give every matrix of its blocks an adapter and return their first weights.
+
+    {name: tensor}, float32 on the CPU, with B = 0: the model computes what it did. The adapters hold no
+    values, and may be on the meta device, until these are loaded.
+    """
     model.requires_grad_(False)
     random, first = torch.Generator().manual_seed(seed), {}
     for name, linear in list(model.named_modules()):
-        if name.endswith(ATTENTION + MLP * mlp):
+        if name.endswith(MATRICES):
             parent, child = name.rsplit(".", 1)
             adapted = Adapted(linear, rank)
             setattr(model.get_submodule(parent), child, adapted)
@@ -44,9 +48,9 @@ def add(model, rank, mlp=False, seed=0):
     return first
 
 
-def count(model, rank, mlp=False):
+def count(model, rank):
     """How many numbers `add` would train."""
-    shapes = [m.weight.shape for name, m in model.named_modules() if name.endswith(ATTENTION + MLP * mlp)]
+    shapes = [m.weight.shape for name, m in model.named_modules() if name.endswith(MATRICES)]
     return sum(rank * (n_out + n_in) for n_out, n_in in shapes)
 
 

@@ -35,9 +35,10 @@ KNOWN = {  # config.json of what needs no download
 def saved_bytes(make_model, config, context, half):
     """Bytes that autograd saves in one forward pass of one sequence, each storage once."""
     with FakeTensorMode(allow_non_fake_inputs=True):  # constants of the code
-        torch.set_default_dtype(torch.bfloat16 if half else torch.float32)
         model, held = make_model(config), {}
-        torch.set_default_dtype(torch.float32)
+        for layer in model.h.modules() if half else ():
+            if isinstance(layer, torch.nn.Linear):
+                layer.to(torch.bfloat16)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
 
         def keep(t):
@@ -45,7 +46,8 @@ def saved_bytes(make_model, config, context, half):
             return t
 
         idx = torch.zeros(1, context, dtype=torch.int64)
-        with saved_tensors_hooks(keep, lambda t: t):
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
+        with autocast, saved_tensors_hooks(keep, lambda t: t):
             model(idx, targets=idx, seed=0)
         return sum(t.untyped_storage().nbytes() for key, t in held.items() if key not in own)
 
@@ -71,8 +73,8 @@ def memory(model, flags, world, half, per_sequence):
     n = trained = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.h[0].parameters())
     if flags.lora:
-        trained = lora.count(model, flags.lora, flags.lora_mlp)
-    width = 2 if half else 4  # bytes a number, where the blocks compute
+        trained = lora.count(model, flags.lora)
+    width = 2 if half else 4  # bytes a number of a gathered block
     root = n - config.n_layer * block
     batch = max(1, flags.batch_size // world)
     return {
@@ -80,7 +82,7 @@ def memory(model, flags, world, half, per_sequence):
         "gradients": 4 * trained // world,
         "optimizer": 8 * trained // world,
         # the root, one block and the next; the gradients of the root and of one block
-        "gathered": width * (root + 2 * block + (root + block if trained == n else 0)),
+        "gathered": 4 * root + width * 2 * block + (4 * root + width * block if trained == n else 0),
         "activations": batch * per_sequence[0],
         "activations_recompute": batch * per_sequence[1],
         "batch": batch, "parameters": n, "trained": trained}

@@ -1,0 +1,291 @@
+"""A run's folder: what may be written there, checkpoints, exact resume, the control, the printed lines.
+
+OUT holds last.pt (all that --resume needs; the folder last/ of a sharded run), best.pt or with --lora
+adapter.safetensors (the sparsest state within the bound), results.json, log.jsonl and the figures.
+"""
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+import zlib
+from dataclasses import asdict, replace
+
+import torch
+from tqdm import tqdm
+
+from plumbing import fsdp, lora
+from plumbing.flags import Log, open_folder, pick_device, write_results
+from plumbing.hub import read_pickle, read_safetensors, write_pickle
+
+# -----------------------------------------------------------------------------
+# which folder
+
+
+def default_out(flags):
+    """out/NAME of the init, a checkpoint by its folder; the dense control beside it."""
+    path = os.path.abspath(flags.init) if os.path.isfile(flags.init) else flags.init.rstrip("/")
+    name = os.path.basename(os.path.dirname(path) if os.path.isfile(path) else path)
+    return os.path.join("out", name + "-dry-run" * flags.dry_run + "-control" * (not flags.sparse))
+
+
+def newest(folder):
+    """The checkpoint to go on from in an --out folder, or None."""
+    return fsdp.newest(os.path.join(folder, "last"))
+
+
+def check_folder(flags):
+    """Nothing is lost: ValueError if the new run would write over what is read or was finished."""
+    out = os.path.realpath(flags.out)
+    for flag, path in (("init", flags.init), ("adapter", flags.adapter), ("control", flags.control)):
+        if path and os.path.exists(path):
+            folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+            if os.path.realpath(folder) == out:
+                raise ValueError(f"--out {flags.out} is the folder that --{flag} reads: give another --out")
+    if flags.overwrite:
+        return
+    if os.path.exists(os.path.join(flags.out, "results.json")):
+        raise ValueError(f"{flags.out} holds a finished run: give another --out, or --overwrite")
+    if newest(flags.out):
+        raise ValueError(f"{flags.out} holds a run that is not finished: go on with --resume {flags.out}, "
+                         "or give another --out, or --overwrite")
+
+
+def remove_old(folder):
+    """What an earlier run left: none of its states may be taken for one of this run."""
+    for name in ("results.json", "best.pt", "adapter.safetensors", "last.pt"):
+        if os.path.exists(os.path.join(folder, name)):
+            os.remove(os.path.join(folder, name))
+    for name in ("last", "last.old", "last.new"):
+        shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+
+
+# -----------------------------------------------------------------------------
+# going on
+
+FREE = {"out", "resume", "sitting", "overwrite", "control", "device", "fsdp", "recompute", "compile"}
+
+
+def resume(given):
+    """(flags, contents of the checkpoint) of the run in the folder given.resume, with its own flags.
+
+    Those in FREE may be given anew, because they change rounding at most. Others: ValueError.
+    """
+    folder = given.resume
+    path = newest(folder)
+    if path is None:
+        raise ValueError(f"--resume {folder}: there is no last.pt in it to go on from")
+    saved = fsdp.read(path)
+    if not isinstance(saved, dict) or not {"flags", "geco", "step"} <= saved.keys():
+        raise ValueError(f"{path} is no checkpoint of a training run")
+    if saved["flags"].keys() != asdict(given).keys():
+        raise ValueError(f"{path} was written by another version of train.py")
+    for name in given.given - FREE:
+        if getattr(given, name) != saved["flags"][name]:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)}: the run in {folder} has "
+                             f"{saved['flags'][name]}; a resumed run keeps the flags it was started with")
+    free = {name: getattr(given, name) for name in given.given & FREE}
+    free |= {"sitting": given.sitting, "fsdp": given.fsdp, "resume": folder, "out": folder}
+    return type(given)(**saved["flags"] | free), saved
+
+
+def is_same_base(flags):
+    """Is the dense base in flags.out finished? ValueError if it is the base of other flags."""
+    path = newest(flags.out)
+    if path is None:
+        return False
+    saved = fsdp.read(path)
+    for name, value in asdict(flags).items():
+        if name not in FREE and saved["flags"].get(name) != value:
+            raise ValueError(f"{flags.out} holds a base that was trained with --{name.replace('_', '-')} "
+                             f"{saved['flags'].get(name)}, not {value}: give another --out, or --overwrite")
+    return saved["step"] == flags.steps
+
+
+def read_control(folder, flags, ce_dense):
+    """results.json of the dense control: as much training, from the same model, on the same text.
+
+    ce_dense: the model's CE on test text before training. It is the same number only if weights,
+    tokenizer and test text are the same. Else: ValueError.
+    """
+    try:
+        with open(os.path.join(folder, "results.json")) as f:
+            control = json.load(f)
+        theirs, their_ce, _ = control["flags"], control["ce_dense"], control["ce_val"]
+    except (OSError, ValueError, KeyError):
+        raise ValueError(f"--control {folder}: no results.json of a finished --no-sparse run is in it") from None
+    for name in ("steps", "batch_size", "accumulate", "context", "lr", "seed", "lora", "dtype"):
+        if theirs.get(name) != getattr(flags, name):
+            raise ValueError(f"--control {folder} had --{name.replace('_', '-')} {theirs.get(name)}, not "
+                             f"{getattr(flags, name)}: it is no control of this run")
+    if abs(their_ce - ce_dense) > 1e-3:
+        raise ValueError(f"--control {folder} began at a test CE of {their_ce:.4f}, this run begins at "
+                         f"{ce_dense:.4f}: other weights, text or tokenizer, so it is no control of it")
+    return control
+
+
+def fingerprint(blocks, fixed, saved):
+    """[number of training blocks, a checksum of each held-out split]; ValueError if not as saved."""
+    found = [blocks.n_blocks] + [zlib.crc32(fixed[split][0].numpy()) for split in fixed]
+    if saved and saved["fingerprint"] != found:
+        raise ValueError(f"--resume: the data has changed since, its number of blocks or the held-out "
+                         f"ones: {saved['fingerprint']} then, {found} now")
+    return found
+
+
+# -----------------------------------------------------------------------------
+# while it runs
+
+
+class Run:
+    """The folder of a run that goes on: counts steps, prints and logs lines, writes checkpoints.
+
+    On ranks other than 0 it writes nothing but its part of a sharded checkpoint.
+    """
+
+    def __init__(self, flags, device, context, saved=None, base=None):
+        self.flags, self.device, self.context, self.base = flags, device, context, base
+        self.first, self.last = saved["step"] if saved else 0, flags.steps
+        self.seconds, self.rates = saved["seconds"] if saved else 0.0, []  # tokens/s of this sitting's steps
+        self.log = lambda **_: None
+        if fsdp.rank() == 0:
+            self.log = Log(flags.out, asdict(flags), self.first if saved else None, device).write
+
+    def begin(self, tokenizer):
+        """Remove what an earlier run left; a tokenizer.json goes beside the checkpoints."""
+        if fsdp.rank() == 0:
+            remove_old(self.flags.out)
+            if tokenizer.endswith(".json"):
+                shutil.copy(tokenizer, self.flags.out)
+
+    def steps(self):
+        """The numbers of the steps to do: to the end of the run or the sitting, or until Ctrl-C.
+
+        Ctrl-C lets the step finish, so that what is saved is a whole number of steps. At the end
+        self.last is the number of steps done.
+        """
+        interrupts, before = [], signal.getsignal(signal.SIGINT)
+
+        def on_interrupt(*_):
+            interrupts.append(True)
+            signal.signal(signal.SIGINT, before)  # a second Ctrl-C ends at once
+
+        signal.signal(signal.SIGINT, on_interrupt)
+        end = min(self.flags.steps, self.first + (self.flags.sitting or self.flags.steps))
+        hide = True if fsdp.rank() else None  # None: where the output is no terminal
+        try:
+            with tqdm(initial=self.first, total=self.flags.steps, disable=hide, mininterval=1) as bar:
+                for step in range(self.first, end):
+                    yield step
+                    bar.update()
+                    self.last = step + 1
+                    if fsdp.mean([len(interrupts)])[0]:
+                        break
+        finally:
+            signal.signal(signal.SIGINT, before)
+        self.exit_code = 130 if interrupts else 0
+
+    def line(self, step, began, model, **numbers):
+        """Print and log what a step did: numbers by name; it began at time.time() == began."""
+        seconds = time.time() - began
+        self.seconds += seconds
+        rate = self.flags.batch_size * self.flags.accumulate * self.context / seconds
+        self.rates.append(rate)
+        numbers |= {"mfu": mfu(model, self.context, rate, self.device)}
+        self.log(step=step, **numbers, tokens_per_second=round(rate))
+        formats = {"open": "{:.2%}", "lr": "{:.1e}", "mfu": "{:.1%}"}
+        cells = [f"{name} {formats.get(name, '{:.4f}').format(x)}" for name, x in numbers.items() if x is not None]
+        tqdm.write(f"step {step:6} | " + " | ".join(cells) + f" | {rate:,.0f} tokens/s")
+
+    def save(self, step, model, optimizer, geco, **plain):
+        """All that --resume needs: last.pt, or the folder last with a file of each rank."""
+        fsdp.save(os.path.join(self.flags.out, "last"), model, optimizer, self.flags.lora > 0, self.flags.fsdp,
+                  config=asdict(model.config), flags=asdict(self.flags), geco=geco.state_dict(), step=step,
+                  seconds=self.seconds, **plain)
+
+    def export(self, name, step, model):
+        """The model in one file NAME.pt that from_pretrained opens; with --lora the adapter."""
+        weights = fsdp.whole_model(model, trained_only=self.flags.lora > 0)
+        if fsdp.rank() == 0 and self.flags.lora:
+            lora.save(self.adapter, weights, self.base, model.config)
+        elif fsdp.rank() == 0:
+            write_pickle(os.path.join(self.flags.out, f"{name}.pt"),
+                         {"config": asdict(model.config), "model": weights, "step": step})
+
+    def load_best(self, model):
+        """What export("best", ...) wrote, back into the model."""
+        fsdp.put(model, read_safetensors(self.adapter) if self.flags.lora
+                 else read_pickle(os.path.join(self.flags.out, "best.pt"))["model"])
+
+    def costs(self):
+        """What the run was and what it took, for results.json."""
+        tokens = self.flags.steps * self.flags.batch_size * self.flags.accumulate * self.context
+        return {"flags": asdict(self.flags), "context_length": self.context, "tokens": tokens,
+                "tokens_per_second": round(tokens / self.seconds),
+                "median_tokens_per_second": round(statistics.median(self.rates)),
+                "training_seconds": round(self.seconds, 1), "peak_memory_gib": peak_memory(self.device)}
+
+    @property
+    def adapter(self):
+        return os.path.join(self.flags.out, "adapter.safetensors")
+
+    def leave(self, step):
+        """The end of a sitting before the last step."""
+        print(f"saved step {step} of {self.flags.steps}; go on with: "
+              f"python train.py --resume {self.flags.out}")
+        sys.exit(self.exit_code)
+
+
+def size_of(model):
+    """How large the model is, in words."""
+    n, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (1, 0))
+    return f"{n / 1e6:.1f}M parameters" + (f", {trained / 1e6:.2f}M of them trained" if trained < n else "")
+
+
+def benchmark(flags, train):
+    """Median tokens/s of dense and of sparse steps, by short runs of `train` in turn, and their ratio."""
+    started, rates = time.time(), {"dense": [], "sparse": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for n in range(3):
+            for kind in rates:
+                out = os.path.join(folder, f"{kind}{n}")
+                short = replace(flags, sparse=kind == "sparse", steps=flags.benchmark, out=out)
+                rates[kind].append(train(short)["median_tokens_per_second"])
+    median = {kind: statistics.median(rate) for kind, rate in rates.items()}
+    ratio = median["sparse"] / median["dense"]
+    print(f"tokens/s: dense {median['dense']:,.0f}, sparse {median['sparse']:,.0f}, ratio {ratio:.2f}")
+    if fsdp.rank() == 0:
+        print("wrote", write_results(open_folder(flags.out), started, pick_device(flags.device),
+                                     flags=asdict(flags), tokens_per_second=median, sparse_over_dense=ratio))
+
+
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # bfloat16 FLOPS
+
+
+def mfu(model, context, tokens_per_second, device):
+    """Share of the GPUs' peak that the dense model's arithmetic takes; None where it is not known.
+
+    Forward and backward: 6 FLOPs a parameter and token, and 12 C context a layer.
+    """
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    peak = next((flops for key, flops in PEAKS.items() if key in name), None)
+    if peak is None:
+        return None
+    n = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("wpe"))
+    flops = 6 * n + 12 * model.config.n_layer * model.config.n_embd * context
+    return tokens_per_second * flops / (peak * fsdp.world())
+
+
+def peak_memory(device="cpu"):
+    """The most GiB held so far: of the GPU, or of this process on a CPU; None where nobody says."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) / 2**20 for line in status if line.startswith("VmHWM"))
+    except OSError:  # only Linux says
+        return None

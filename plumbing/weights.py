@@ -1,0 +1,307 @@
+"""Models in and out of files: which tensor goes where, and what the settings are called there.
+
+Everywhere "fields" are those of model.py's Config as a dict, and "weights" is {our name: tensor};
+"settings" are a config.json as a dict, and "tensors" is {their name: tensor}.
+"""
+
+import json
+import math
+import os
+
+import torch
+
+from plumbing import hub, lora
+from plumbing.flags import open_folder, replace_text
+from plumbing.plan import KNOWN
+
+# -----------------------------------------------------------------------------
+# reading and writing a model
+
+
+def read_model(name_or_path, adapter=None):
+    """(fields, weights) of all that Transformer.from_pretrained opens, in the dtype of the file.
+
+    adapter: a file of train.py --lora. Most tensors are mapped and not read from the file yet. A file
+    that is damaged or of an unknown kind: ValueError.
+    """
+    fields, weights = read_checkpoint(name_or_path)
+    if fields.get("tied_head", True) and "wte.weight" in weights:
+        weights["lm_head.weight"] = weights["wte.weight"]
+    if adapter:
+        gates, weights = lora.merged(adapter, weights)
+        fields = fields | gates
+    return fields, weights
+
+
+def read_fields(name_or_path):
+    """The fields alone; a name in plumbing/plan.py's KNOWN needs no download."""
+    if os.path.isfile(checkpoint_in(name_or_path)):
+        return read_checkpoint(name_or_path)[0]
+    if os.path.isdir(name_or_path):
+        return fields_from(name_or_path, read_json(name_or_path))
+    settings = KNOWN.get(name_or_path)
+    return fields_from(name_or_path, settings or read_json(os.path.dirname(hub.download(name_or_path, "config.json"))))
+
+
+def read_checkpoint(name_or_path):
+    """(fields, weights) as the file has them."""
+    path = checkpoint_in(hub.fetch_model(name_or_path))
+    if os.path.isdir(path):
+        settings = read_json(path)
+        fields = fields_from(path, settings)
+        weights = weights_from(settings, hub.read_weights(path))
+        if fields.get("tied_head", True) and not same_head(weights):
+            raise ValueError(f"{path} has an lm_head.weight of its own, but its config.json ties it")
+        return fields, weights
+    content = hub.read_pickle(path)
+    if not isinstance(content, dict):
+        content = {}
+    fields = content.get("config", {})
+    if "model" not in content or "gate_bias" not in fields:  # nanoGPT's ckpt.pt too has these two
+        return from_nanogpt(path, content.get("model", content))
+    if unknown := fields.keys() - set(" ".join(FIELDS).split()):
+        raise ValueError(f"{path} has the unknown setting {min(unknown)}: another version wrote it")
+    if any(name.endswith("lora_a") for name in content["model"]):
+        raise ValueError(f"{path} holds adapters without their base: give the base, and "
+                         "--adapter with the adapter.safetensors beside it")
+    return fields, content["model"]
+
+
+def checkpoint_in(path):
+    """The checkpoint in a folder of train.py: best.pt, else last.pt. Any other path as it is."""
+    for name in ("best.pt", "config.json", "last.pt"):  # config.json: a Hugging Face folder
+        if os.path.isfile(os.path.join(path, name)):
+            return path if name == "config.json" else os.path.join(path, name)
+    return path
+
+
+def read_json(folder):
+    """config.json of a Hugging Face folder."""
+    try:
+        with open(os.path.join(folder, "config.json")) as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no config.json: give a Hugging Face folder (config.json + "
+                         "model.safetensors), a checkpoint file or a hub name") from None
+    except ValueError:
+        raise ValueError(f"{folder}/config.json is not valid JSON: get it again") from None
+
+
+def write_model(folder, fields, weights):
+    """Write config.json and model.safetensors. Neither a GPT-2 nor a LLaMA: ValueError."""
+    settings = settings_from(fields)
+    tensors = tensors_from(settings, fields, weights)
+    open_folder(folder)
+    hub.write_safetensors(os.path.join(folder, "model.safetensors"), tensors)
+    replace_text(os.path.join(folder, "config.json"), json.dumps(settings, indent=2) + "\n")
+    if fields["sparse"]:
+        print(f"note: transformers opens {folder} as a dense model; the README adds its gates")
+
+
+# -----------------------------------------------------------------------------
+# checks
+
+FIELDS = {  # of Config, and what they must be
+    "block_size vocab_size n_layer n_head n_kv_head n_embd n_inner": "a positive integer",
+    "norm": "layernorm | rmsnorm", "position": "learned | rope", "mlp": "gelu | swiglu",
+    "norm_eps rope_theta gate_bias init_std": "a finite number",
+    "attention_bias mlp_bias tied_head causal sparse": "true or false",
+    "rope_scaling": "a dict or null"}
+
+
+def check_fields(fields):
+    """ValueError in one line unless every field is as FIELDS says and the sizes fit together."""
+    holds = {"a positive integer": lambda x: type(x) is int and x > 0,
+             "a finite number": lambda x: isinstance(x, (int, float)) and math.isfinite(x),
+             "true or false": lambda x: isinstance(x, bool),
+             "a dict or null": lambda x: x is None or isinstance(x, dict)}
+    for names, rule in FIELDS.items():
+        for name in names.split():
+            value = fields[name]
+            if not (holds[rule](value) if rule in holds else value in rule.split(" | ")):
+                rule = rule if rule in holds else f"one of {rule.replace(' | ', ', ')}"
+                raise ValueError(f"{name} must be {rule}, got {value!r}")
+    n_embd, n_head, n_kv_head = (fields[name] for name in ("n_embd", "n_head", "n_kv_head"))
+    if n_embd % n_head or n_head % n_kv_head:
+        raise ValueError(f"n_embd {n_embd} must be a multiple of n_head {n_head}, "
+                         f"and n_head of n_kv_head {n_kv_head}")
+    if fields["position"] == "rope":
+        if n_embd // n_head % 2:
+            raise ValueError(f"rope rotates pairs: the head size {n_embd // n_head} must be even")
+        scale_rope(torch.ones(1), fields["rope_scaling"])
+
+
+def check_names(source, weights, wanted):
+    """ValueError unless weights has the names and shapes of wanted, one for one."""
+    missing, extra = wanted.keys() - weights.keys(), weights.keys() - wanted.keys()
+    for problem, names in (("lacks", missing), ("has the unknown", extra)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{source} {problem} tensor {min(names)}{more}: its settings and its "
+                             "weights are not of the same model")
+    for name, t in weights.items():
+        if t.shape != wanted[name].shape:
+            raise ValueError(f"{source}: {name} has shape {tuple(t.shape)}, the settings ask for "
+                             f"{tuple(wanted[name].shape)}")
+
+
+# -----------------------------------------------------------------------------
+# Hugging Face: GPT-2 and LLaMA, by model_type. In all tables our name comes first.
+
+ARCHITECTURE = {"gpt2": {"norm": "layernorm", "position": "learned", "mlp": "gelu", "causal": True,
+                         "attention_bias": True, "mlp_bias": True},
+                "llama": {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "causal": True}}
+SETTINGS = {
+    "gpt2": {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer",
+             "n_head": "n_head", "n_embd": "n_embd", "n_inner": "n_inner",
+             "norm_eps": "layer_norm_epsilon", "tied_head": "tie_word_embeddings"},
+    "llama": {"block_size": "max_position_embeddings", "vocab_size": "vocab_size",
+              "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+              "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
+              "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps",
+              "tied_head": "tie_word_embeddings", "rope_theta": "rope_theta",
+              "rope_scaling": "rope_scaling", "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}}
+ABSENT = {"gpt2": {}, "llama": {"norm_eps": 1e-6, "tied_head": False, "rope_theta": 10000.0,
+                                "attention_bias": False, "mlp_bias": False}}  # where not Config's default
+SUPPORTED = {  # the values that our model covers, first the one that a missing setting means
+    "gpt2": {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
+             "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
+    "llama": {"hidden_act": ("silu",), "pretraining_tp": (1,)}}
+TENSORS = {  # parts of their names
+    "gpt2": {part: "transformer." + part for part in ("wte.", "wpe.", "h.", "ln_f.")},
+    "llama": {"wte.": "model.embed_tokens.", "ln_f.": "model.norm.", "h.": "model.layers.",
+              ".ln_1.": ".input_layernorm.", ".ln_2.": ".post_attention_layernorm.",
+              ".attn.c_proj.": ".self_attn.o_proj.", ".mlp.c_proj.": ".mlp.down_proj.",
+              ".mlp.c_gate.": ".mlp.gate_proj.", ".mlp.c_fc.": ".mlp.up_proj."}}
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # in GPT-2: Conv1D stores (in, out)
+QKV = [f".self_attn.{x}_proj." for x in "qkv"]  # in LLaMA: three matrices, our one .attn.c_attn.
+NO_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # stored by old versions
+
+
+def fields_from(source, settings):
+    """The fields of a config.json, a dict; ValueError for an architecture that our model is not."""
+    family = settings.get("model_type") if isinstance(settings, dict) else None
+    if family not in ARCHITECTURE:
+        raise ValueError(f"{source} is a {family!r} model, known are gpt2 and llama")
+    for key, values in SUPPORTED[family].items():
+        if settings.get(key, values[0]) not in values:
+            raise ValueError(f"{source} has {key} = {settings[key]!r}, which is not built here")
+    fields = {ours: settings[theirs] for ours, theirs in SETTINGS[family].items() if theirs in settings}
+    fields = ABSENT[family] | ARCHITECTURE[family] | fields
+    if family == "llama":
+        rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
+        fields |= {"rope_theta": rope.pop("rope_theta", fields["rope_theta"]), "rope_scaling": rope or None}
+        head_size = fields["n_embd"] // fields["n_head"]
+        if settings.get("head_dim") not in (None, head_size):
+            raise ValueError(f"{source} has heads of {settings['head_dim']}, where hidden_size / "
+                             f"num_attention_heads is {head_size}: not built here")
+    if "sparse_attention" in settings:
+        fields |= {"sparse": True, "gate_bias": settings["sparse_attention"].get("gate_bias", 0.0)}
+    return fields
+
+
+def settings_from(fields):
+    """The inverse of fields_from: config.json as a dict."""
+    family = "llama" if fields["norm"] == "rmsnorm" else "gpt2"
+    if any(fields[name] != value for name, value in ARCHITECTURE[family].items()) or (
+            family == "gpt2" and fields["n_kv_head"] != fields["n_head"]):
+        raise ValueError("only the architectures of GPT-2 and LLaMA have a Hugging Face layout: causal; "
+                         "layernorm, learned positions, gelu, biases, as many key-value heads as "
+                         "heads; or rmsnorm, rope, swiglu")
+    end = fields["vocab_size"] - 1 if family == "gpt2" else None
+    settings = {"model_type": family, "torch_dtype": "float32", "bos_token_id": end, "eos_token_id": end,
+                "architectures": ["GPT2LMHeadModel" if family == "gpt2" else "LlamaForCausalLM"]}
+    settings |= {key: values[0] for key, values in SUPPORTED[family].items()}
+    settings |= {theirs: fields[ours] for ours, theirs in SETTINGS[family].items()}
+    if fields["sparse"]:
+        settings["sparse_attention"] = {"gate_bias": fields["gate_bias"]}
+    return settings
+
+
+def weights_from(settings, tensors):
+    """Our weights from the tensors beside a config.json."""
+    family, tensors, weights = settings["model_type"], dict(tensors), {}
+    for name in [name for name in tensors if QKV[0] in name]:
+        parts = [name.replace(QKV[0], part) for part in QKV]
+        if all(part in tensors for part in parts):
+            tensors[name.replace(QKV[0], ".attn.c_attn.")] = torch.cat([tensors.pop(p) for p in parts])
+    for name, t in tensors.items():
+        for ours, theirs in TENSORS[family].items():
+            name = name.replace(theirs, ours)
+        if not name.endswith(NO_WEIGHTS):
+            weights[name] = t.t().contiguous() if family == "gpt2" and name.endswith(TRANSPOSED) else t
+    return weights
+
+
+def tensors_from(settings, fields, weights):
+    """The inverse of weights_from."""
+    family, tensors = settings["model_type"], {}
+    kv = fields["n_kv_head"] * fields["n_embd"] // fields["n_head"]
+    for name, t in weights.items():
+        for ours, theirs in TENSORS[family].items():
+            name = name.replace(ours, theirs)
+        if family == "llama" and ".attn.c_attn." in name:
+            for part, piece in zip(QKV, t.split([fields["n_embd"], kv, kv])):
+                tensors[name.replace(".attn.c_attn.", part)] = piece
+        elif not (name == "lm_head.weight" and fields["tied_head"]):
+            tensors[name] = t.t().contiguous() if family == "gpt2" and name.endswith(TRANSPOSED) else t
+    return tensors
+
+
+def scale_rope(frequency, scaling):
+    """RoPE's frequencies, in radians per position, after the rope_scaling of a config.json, or None.
+
+    "linear" divides all of them by its factor. "llama3" divides the slow ones, keeps the fast ones
+    and blends in between; fast means many turns within the original context.
+    """
+    kind = scaling.get("rope_type", scaling.get("type")) if scaling else "default"
+    try:
+        if kind == "default":
+            return frequency
+        if kind == "linear":
+            return frequency / scaling["factor"]
+        if kind == "llama3":
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
+            return keep * frequency + (1 - keep) * frequency / scaling["factor"]
+    except KeyError as error:
+        raise ValueError(f"rope_scaling of type {kind!r} lacks {error.args[0]!r}") from None
+    raise ValueError(f"rope_scaling of type {kind!r} is not known, only default, linear and llama3")
+
+
+# -----------------------------------------------------------------------------
+# nanoGPT
+
+
+def same_head(weights):
+    """Is the output matrix, if it is stored, the token embedding?"""
+    both = [weights[name] for name in ("wte.weight", "lm_head.weight") if name in weights]
+    return len(both) < 2 or torch.equal(*both)
+
+
+def from_nanogpt(source, weights):
+    """The paper authors' final.pth: a nanoGPT state dict, (out, in) matrices, b = 0, gates on.
+
+    It holds no settings: sizes are read off the tensors, heads are 64 wide as in GPT-2.
+    """
+    ours = {}
+    for name, t in weights.items():
+        for prefix in ("_orig_mod.", "module.", "transformer."):
+            name = name.removeprefix(prefix)
+        if not name.endswith(".attn.bias"):  # the causal mask
+            ours[name] = t
+    if not {"wte.weight", "wpe.weight", "ln_f.weight"} <= ours.keys():
+        raise ValueError(f"{source} is neither this project's checkpoint nor a nanoGPT state dict")
+    vocab_size, n_embd = ours["wte.weight"].shape
+    if n_embd % 64:
+        raise ValueError(f"{source} is {n_embd} wide, which heads of 64 do not fill")
+    layers = {int(name.split(".")[1]) for name in ours if name.startswith("h.")}
+    fields = {"vocab_size": vocab_size, "n_embd": n_embd, "n_head": n_embd // 64,
+              "n_layer": len(layers), "block_size": len(ours["wpe.weight"]),
+              "attention_bias": "h.0.attn.c_attn.bias" in ours,
+              "mlp_bias": "h.0.mlp.c_fc.bias" in ours, "sparse": True, "gate_bias": 0.0,
+              "tied_head": same_head(ours)}
+    for name in [name for name in ours if ".ln_" in "." + name and name.endswith(".weight")]:
+        ours.setdefault(name.replace(".weight", ".bias"), torch.zeros(n_embd))  # trained without
+    return fields, ours
