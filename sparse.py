@@ -73,8 +73,7 @@ def gated_attention(q, k, v, bias=0.0, seed=None, causal=True, impl="auto"):
     """
     check(q, k, v, bias)
     form, dtype = choose(impl, q)
-    seeds = sequence_seeds(seed, len(q), q.device)
-    keys = None if seeds is None else noise_keys(seeds, *q.shape[1:3])
+    keys = noise_keys(sequence_seeds(seed, len(q), q.device), *q.shape[1:3])
     with torch.autocast(q.device.type, enabled=False):
         q_, k_, v_ = (x.to(dtype) for x in (q, k, v))
         y, open_prob, open_frac = form(q_, k_, v_, float(bias), keys, causal)
@@ -85,13 +84,12 @@ def gated_attention(q, k, v, bias=0.0, seed=None, causal=True, impl="auto"):
 def gate_map(q, k, bias=0.0, seed=None, causal=True):
     """The gates themselves, bool (B, H, T, T), False on pairs that are not allowed; no gradient."""
     check(q, k, k, bias)
-    seeds = sequence_seeds(seed, len(q), q.device)
-    u = None if seeds is None else uniform(*noise_keys(seeds, *q.shape[1:3]))
+    keys = noise_keys(sequence_seeds(seed, len(q), q.device), *q.shape[1:3])
     q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     with torch.autocast(q.device.type, enabled=False):
-        open_gates = gates(q @ k.mT / math.sqrt(q.shape[-1]), bias, u).bool()
-    return open_gates & allowed_pairs(q.shape[2], causal, q.device)
+        A = gates(q @ k.mT / math.sqrt(q.shape[-1]), bias, uniform(*keys) if keys else None)
+    return A.bool() & allowed_pairs(q.shape[2], causal, q.device)
 
 
 SMALL = 2**17  # logits up to which naive is faster than chunked on a CPU, measured
@@ -109,24 +107,23 @@ def choose(impl, q):
             impl = "triton" if kernel.agrees(q, naive, noise_keys) else "chunked"
     if impl == "triton":
         return kernel.load(q), q.dtype
-    forms = {"naive": naive, "chunked": partial(chunked, uniform=uniform)}
     if impl not in ("naive", "chunked"):
         raise ValueError(f"impl must be one of naive, chunked, triton, auto, got {impl!r}")
-    return forms[impl], torch.promote_types(q.dtype, torch.float32)
+    form = naive if impl == "naive" else partial(chunked, uniform=uniform)
+    return form, torch.promote_types(q.dtype, torch.float32)
 
 
 def check(q, k, v, bias):
-    """ValueError in one line unless the tensors fit together."""
+    """ValueError in one line unless the tensors fit together and b is a number."""
     if not all(torch.is_tensor(x) for x in (q, k, v)):
         raise ValueError("q, k and v must be tensors")
     shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
     if not all(x.dim() == 4 and x.is_floating_point() for x in (q, k, v)):
         raise ValueError(f"q, k, v must be float tensors (batch, heads, T, head size), got {shapes}")
-    B, H, T, D = q.shape
-    if k.shape != v.shape or k.shape != (B, k.shape[1], T, D) or 0 in (*q.shape, *k.shape):
+    if k.shape != v.shape or q.shape[0::2] != k.shape[0::2] or q.shape[3] != k.shape[3] or not k.numel():
         raise ValueError(f"q (B, H, T, D) and k, v (B, H_kv, T, D) do not fit together: {shapes}")
-    if H % k.shape[1]:
-        raise ValueError(f"{H} query heads are not a multiple of {k.shape[1]} key-value heads")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key-value heads")
     if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not math.isfinite(bias):
         raise ValueError(f"the gate bias must be a finite number, got {bias!r}")
 
@@ -161,6 +158,8 @@ def sequence_seeds(seed, B, device):
 
 def noise_keys(seeds, H, T):
     """int32 keys for `uniform`: start and stride of every row (B, H, T, 1), and columns (T,)."""
+    if seeds is None:
+        return None
     numbers = torch.arange(max(H, T), device=seeds.device)
     heads = fold_in(seeds[:, None], numbers[:H])
     rows = fold_in(heads[..., None, None], numbers[:T, None])

@@ -299,3 +299,24 @@ def draw_addition_training(traces, per_seed, path):
     ce.legend(fontsize=8, ncols=2)
     edges.legend(fontsize=9)
     save_figure(figure, path)
+
+
+# -----------------------------------------------------------------------------
+# plumbing/attention_cost.py
+
+
+def draw_cost(table, impls, path):
+    """Time and memory against T, one sequence of 12 heads, both axes logarithmic."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for axis, key, label in zip(figure.subplots(1, 2), ("ms", "mib"), (
+            "forward + backward (ms)", "memory beyond the inputs (MiB)")):
+        for impl in impls:
+            rows = [row for row in table if (row["B"], row["H"]) == (1, 12) and row.get(f"{key}_{impl}")]
+            axis.plot([row["T"] for row in rows], [row[f"{key}_{impl}"] for row in rows], "o-", label=impl)
+        axis.set(xscale="log", yscale="log", xlabel="tokens T, 1 sequence of 12 heads x 64", ylabel=label)
+        axis.set_xticks(sorted({row["T"] for row in table}))
+        axis.xaxis.set(major_formatter="{x:g}", minor_formatter="")
+        axis.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend()
+    save_figure(figure, path)

@@ -379,7 +379,7 @@ def errs(*_):
 
 def wrong(q, k, v, bias, keys, causal):
     y, E, share = sparse.naive(q, k, v, bias, keys, causal)
-    return y + 1e-3 * v.mean(), E, share
+    return 1.01 * y, E, share
 
 
 def wrong_gradient(q, k, v, bias, keys, causal):
