@@ -1,11 +1,9 @@
 """
 One transformer. GPT-2, LLaMA and the addition toy are settings of its Config.
 
-    tokens -> embedding -> n_layer x (attention, MLP), each reading the normed residual stream
-    and adding to it -> norm -> logits
+    x = embedding(tokens);   n_layer times: x += attention(norm(x)), x += MLP(norm(x));   logits = head(norm(x))
 
-With config.sparse every attention edge passes a gate (sparse.py). Gates have no parameters: a sparse
-and a dense model have the same state dict.
+config.sparse puts a gate on every attention edge (sparse.py); gates have no parameters.
 
     python model.py --init gpt2 --prompt "The dog"        continues a text
 """
@@ -29,7 +27,6 @@ from sparse import fold_in, gated_attention, sequence_seeds
 @dataclass
 class Config:
     """Plain values, saved as a dict. The defaults are GPT-2 124M. A bad value: ValueError."""
-
     block_size: int = 1024  # longest sequence, tokens
     vocab_size: int = 50257
     n_layer: int = 12
@@ -74,15 +71,8 @@ def rotate(x, angle):
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
 
 
-# -----------------------------------------------------------------------------
-# the network
-
 Edges = namedtuple("Edges", "prob open")  # of gated_attention, each (n_layer, n_head) float32
-
-
-def make_norm(config):
-    kind = nn.LayerNorm if config.norm == "layernorm" else nn.RMSNorm
-    return kind(config.n_embd, eps=config.norm_eps)
+NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
 def untapped(name, t):  # one function for all layers, so that torch.compile compiles them once
@@ -102,9 +92,8 @@ class Attention(nn.Module):
         """x (B, T, C) normed -> (B, T, C), and [open_prob, open_frac], each (n_head,), or None."""
         config, D = self.config, self.config.head_size
         q, k, v = (y.unflatten(-1, (-1, D)) for y in self.c_attn(x).split(self.sizes, dim=-1))
-        q = tap("attn.q", q).transpose(1, 2)  # (B, n_head, T, D)
-        k = tap("attn.k", k).transpose(1, 2)  # (B, n_kv_head, T, D)
-        v = tap("attn.v", v).transpose(1, 2)
+        q, k, v = tap("attn.q", q), tap("attn.k", k), tap("attn.v", v)  # (B, T, n_head or n_kv_head, D)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, n_head or n_kv_head, T, D)
         if angle is not None:
             q, k = rotate(q, angle), rotate(k, angle)
         if config.sparse:
@@ -135,8 +124,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1, self.attn = make_norm(config), Attention(config)
-        self.ln_2, self.mlp = make_norm(config), MLP(config)
+        self.ln_1 = NORMS[config.norm](config.n_embd, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.ln_2 = NORMS[config.norm](config.n_embd, eps=config.norm_eps)
+        self.mlp = MLP(config)
 
     def forward(self, x, angle, seed, tap):
         """x (B, T, C) -> (B, T, C), the attention's edges. A tap on .in leaves the skip as it is."""
@@ -154,7 +145,7 @@ class Transformer(nn.Module):
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = make_norm(config)
+        self.ln_f = NORMS[config.norm](config.n_embd, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied_head:
             self.lm_head.weight = self.wte.weight
@@ -173,11 +164,10 @@ class Transformer(nn.Module):
     def forward(self, idx, targets=None, seed=None, tap=None):
         """idx (B, T) int64 -> logits (B, T, vocab_size), loss, edges.
 
-        targets (B, T) int64, -1 is ignored: loss is the mean cross-entropy in nats, else None. seed as
+        targets (B, T) int64, -1 is ignored: loss is their mean cross-entropy in nats, else None. seed as
         in gated_attention; each layer draws its own noise. edges is an Edges, or None if dense.
-        tap(name, tensor) -> tensor sees, and may replace, what flows at embed, h{l}.attn.in, .q, .k,
-        .v (B, T, heads, head_size; before RoPE), .z, .out, h{l}.mlp.in, .out, and final (the residual
-        stream before the last norm). More than block_size tokens: ValueError.
+        tap(name, tensor) -> tensor sees, and may replace, what flows at: embed; h{l}.attn.in, .q, .k,
+        .v, .z (B, T, heads, head_size), .out; h{l}.mlp.in, .out; final (before the last norm).
         """
         config, (B, T) = self.config, idx.shape
         if T > config.block_size:
@@ -191,9 +181,8 @@ class Transformer(nn.Module):
         x = (tap or untapped)("embed", x)
         edges, seeds = [], sequence_seeds(seed, B, idx.device)
         for l, block in enumerate(self.h):
-            seed_l = None if seeds is None else fold_in(seeds, l)  # (B,)
             tap_l = untapped if tap is None else lambda name, t, l=l: tap(f"h{l}.{name}", t)
-            inputs = x, angle, seed_l, tap_l
+            inputs = x, angle, None if seeds is None else fold_in(seeds, l), tap_l
             if self.recompute and torch.is_grad_enabled():
                 x, edges_l = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -212,8 +201,8 @@ class Transformer(nn.Module):
         """A float32 model with the weights of `name_or_path`; overrides replace Config fields.
 
         A hub name ("gpt2", "owner/name") or a Hugging Face folder of a GPT-2 or a LLaMA; the paper
-        authors' final.pth; a checkpoint of train.py or addition_toy.py, or train.py's folder.
-        adapter: a file of train.py --lora, added to the weights. Files that do not fit: ValueError.
+        authors' final.pth; a checkpoint of train.py, its folder, or one of addition_toy.py. adapter: a
+        file of train.py --lora, added to the weights. Files that do not fit together: ValueError.
         """
         fields, weights = read_model(name_or_path, adapter)
         with torch.device("meta"):  # shapes without memory: the weights are held once
@@ -221,10 +210,7 @@ class Transformer(nn.Module):
         return model.load_weights(weights, name_or_path)
 
     def load_weights(self, weights, source="the weights"):
-        """Make {name: tensor} the parameters, in the default dtype, also of a model on the meta device.
-
-        Returns the model. A name or a shape that does not fit: ValueError with `source` in it.
-        """
+        """Make {name: tensor} the parameters, in the default dtype. What does not fit: ValueError."""
         check_names(source, weights, self.state_dict())
         weights = {name: t.to(torch.get_default_dtype()) for name, t in weights.items()}
         self.load_state_dict(weights, assign=True)
@@ -247,10 +233,9 @@ class Transformer(nn.Module):
 
 @torch.no_grad()
 def generate(model, idx, n, temperature=1.0, top_k=None, seed=0, n_tokens=None):
-    """idx (1, T) int64 -> (idx with n more tokens, the last pass's Edges or None).
+    """idx (1, T) int64 -> (idx with n more tokens, Edges of the last pass or None); gates not sampled.
 
-    temperature 0 takes the likeliest token; top_k keeps that many candidates; n_tokens is the
-    tokenizer's size where the model's vocabulary is padded. Gates are deterministic.
+    temperature 0: the likeliest token; top_k: that many candidates; n_tokens: of them in the tokenizer.
     """
     random = torch.Generator().manual_seed(seed)
     top_k, temperature = (top_k, temperature) if temperature > 0 else (1, 1.0)
@@ -276,22 +261,19 @@ class Flags:
     sparse: bool | None = None  # gates on or off; default: as the model was saved
     tokenizer: str | None = None  # gpt2, bytes or a tokenizer.json; default: the model's own
 
-    def __post_init__(self):
-        check(self, {"tokens top_k": "at least 1", "temperature": "not negative"})
-        if not self.prompt:
-            raise ValueError("--prompt is empty: give the text to continue")
-
 
 def main(flags):
+    check(flags, {"tokens top_k": "at least 1", "temperature": "not negative"})
+    if not flags.prompt:
+        raise ValueError("--prompt is empty: give the text to continue")
     overrides = {} if flags.sparse is None else {"sparse": flags.sparse}
     model = Transformer.from_pretrained(flags.init, flags.adapter, **overrides).eval()
     tok = tokenizer(name_for(model.config.vocab_size, flags.tokenizer, flags.init))
     begin = [] if tok.bos is None else [tok.bos]
-    idx = torch.tensor([begin + [int(i) for i in tok.encode(flags.prompt)]])
-    idx, edges = generate(model, idx, flags.tokens, flags.temperature, flags.top_k, flags.seed,
-                          tok.vocab_size)
-    share = "dense, all of them" if edges is None else f"{edges.open.mean():.2%}"
-    print(f"{tok.decode(idx[0].tolist())}\n\nopen attention edges in the last pass: {share}")
+    idx = torch.tensor([[*begin, *map(int, tok.encode(flags.prompt))]])
+    idx, edges = generate(model, idx, flags.tokens, flags.temperature, flags.top_k, flags.seed, tok.vocab_size)
+    print(tok.decode(idx[0].tolist()) + "\n")
+    print(f"open attention edges: {edges.open.mean():.2%}" if edges else "dense: every attention edge is open")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ Sparse post-training of a language model: the fewest open attention edges at the
 
 It measures the dense model's cross-entropy (CE) on held-out text and sets tau = CE + slack. Then it
 trains on with sampled gates: it minimises the expected share of open edges E subject to CE <= tau.
-Training text moves the weights, held-out text moves the multiplier (geco.py): every few steps one
-held-out batch says whether the bound holds, so nothing is gained by learning the training text by
-heart. The sparsest state whose held-out CE, with deterministic gates, is within tau is kept as
-best.pt. It is reported, beside the last one, on test text that was used for nothing else.
+Training text moves the weights. Held-out text moves the multiplier (geco.py): every few steps one
+held-out batch says whether the bound holds, because the training text can be learnt by heart. The
+sparsest state within tau, with deterministic gates, is kept as best.pt and reported on test text.
 """
 
 import math
@@ -207,7 +206,8 @@ def train(flags, saved=None):
     # model, and for a bound on the divergence the dense model beside it
     model, teacher = build(flags, config, named, device, half), None
     if flags.bound == "kl":
-        teacher = build(replace(flags, lora=0), replace(config, sparse=False), named, device, half)
+        apart = {name: t.clone() for name, t in named.items()}  # training changes `named` in place
+        teacher = build(replace(flags, lora=0), replace(config, sparse=False), apart, device, half)
     measure = partial(evaluate, batch_size=flags.batch_size, amp=amp)
     if saved:
         ce_dense, tau, best, trace = (saved[name] for name in ("ce_dense", "tau", "best", "trace"))
@@ -265,9 +265,7 @@ def train(flags, saved=None):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         norm = (norm.full_tensor() if flags.fsdp else norm).item()
         ce_mean, open_mean = fsdp.mean([ce_mean, open_mean])
-        if not math.isfinite(ce_mean + norm):
-            raise ValueError(f"step {step + 1}: the loss is {ce_mean}, its gradient {norm}; the last good "
-                             f"checkpoint is in {flags.out}: try a lower --lr")
+        run.require_finite(step + 1, loss=ce_mean, gradient=norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, flags)
         optimizer.step()
@@ -280,7 +278,9 @@ def train(flags, saved=None):
             with torch.no_grad(), amp():
                 logits, ce, _ = model(idx, targets, seed=seeds)
                 constraint = divergence(teacher, logits, idx) if teacher else ce
-            geco.update(fsdp.mean([constraint])[0])  # the same lambda on every rank
+            constraint = fsdp.mean([constraint])[0]  # so that lambda is the same on every rank
+            run.require_finite(step + 1, held_out_loss=constraint)
+            geco.update(constraint)
         run.line(step + 1, began, model, ce=ce_mean, norm=norm, lr=learning_rate(step, flags),
                  **({"held_out": geco.c, "lambda": geco.lam, "open": open_mean} if flags.sparse else {}))
 
@@ -301,11 +301,10 @@ def train(flags, saved=None):
     if run.last < flags.steps:  # the end of a sitting, or Ctrl-C
         save(run.last, best=best, trace=trace)
         run.leave(run.last)
-    results = {"tau": tau, "ce_dense": ce_dense["test"]} | run.costs()
+    results = run.costs() | {"tau": tau, "ce_dense": ce_dense["test"]}
+    results |= {"ce_dense_control": control["ce"]} if control else {}
     results |= report(flags, run, model, partial(measure, blocks=fixed["test"], teacher=teacher), best, trace)
-    if control:
-        results["ce_dense_control"] = control["ce"]
-        print(f"dense control, as much training without gates: {control['ce']:.4f}")
+    print("test text, nats a token:", *(f"{name} {x:.4f}" for name, x in results.items() if name[:2] == "ce"))
     if fsdp.rank() == 0:
         print("wrote", write_results(flags.out, started, device, **results))
     return results
@@ -317,7 +316,6 @@ def report(flags, run, model, measure, best, trace):
         run.export("last", flags.steps, model)  # the final weights in one file
     last = measure(model)
     if not flags.sparse:
-        print(f"test CE: {last['ce']:.4f}")
         return {"ce": last["ce"], "ce_val": trace[-1]["ce"]}
     if best:
         run.load_best(model)
@@ -325,8 +323,7 @@ def report(flags, run, model, measure, best, trace):
         print("no state met the bound: the last one is reported; more --steps or --slack may help")
     kept, sampled = measure(model), measure(model, sampled=True)
     per_query = kept["open"] * (run.context + 1) / 2  # a query sees (context + 1) / 2 keys on average
-    print(f"test CE: sparse {kept['ce']:.4f}, open edges {kept['open']:.2%}, {per_query:.2f} a query and "
-          f"head at context {run.context}")
+    print(f"open edges {kept['open']:.2%}, {per_query:.2f} a query and head at context {run.context}")
     return {"ce_sparse": kept["ce"], "ce_sparse_sampled": sampled["ce"], "kl_sparse": kept.get("kl"),
             "open_frac": kept["open"], "open_edges_per_query": per_query, "heads": kept["heads"],
             "best_step": best and best["step"], "ce_last": last["ce"], "open_frac_last": last["open"]}
@@ -338,8 +335,8 @@ def report(flags, run, model, measure, best, trace):
 
 def dense_base(flags):
     """The checkpoint of a dense model from scratch, trained first if it is not there yet."""
-    base = replace(flags, sparse=False, steps=flags.dense_steps, lr=DENSE_LR, tau=None, bound="ce", control=None,
-                   out=os.path.join(flags.out, "dense"))
+    base = replace(flags, sparse=False, steps=flags.dense_steps, lr=DENSE_LR, out=os.path.join(flags.out, "dense"),
+                   gate_bias=None, bound="ce", slack=Flags.slack, tau=None, control=None)
     print(f"from scratch: first {base.steps} steps of a dense base in {base.out}, then {flags.steps} more; "
           "as it comes, about 5 minutes on 2 cores")
     if flags.overwrite or not runs.is_same_base(base):

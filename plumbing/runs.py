@@ -5,6 +5,7 @@ adapter.safetensors (the sparsest state within the bound), results.json, log.jso
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -67,7 +68,8 @@ def remove_old(folder):
 # -----------------------------------------------------------------------------
 # going on
 
-FREE = {"out", "resume", "sitting", "overwrite", "control", "device", "fsdp", "recompute", "compile"}
+FREE = {"out", "resume", "sitting", "overwrite", "control", "device", "fsdp", "recompute", "compile",
+        "eval_every"}
 
 
 def resume(given):
@@ -188,6 +190,13 @@ class Run:
         finally:
             signal.signal(signal.SIGINT, before)
         self.exit_code = 130 if interrupts else 0
+
+    def require_finite(self, step, **numbers):
+        """ValueError if training has gone wrong: nan and inf do not heal."""
+        if not all(map(math.isfinite, numbers.values())):
+            found = ", ".join(f"the {name.replace('_', ' ')} is {x}" for name, x in numbers.items())
+            raise ValueError(f"step {step}: {found}; the last good checkpoint is in {self.flags.out}: "
+                             "try a lower --lr")
 
     def line(self, step, began, model, **numbers):
         """Print and log what a step did: numbers by name; it began at time.time() == began."""

@@ -9,7 +9,7 @@ Prompt pairs for circuit analysis: a clean prompt, a corrupt one of equal length
 ioi            When Mary and John went to the park, John gave a ball to -> Mary, not John
 greater-than   The war lasted from the year 1737 to the year 17 -> 38 or more; or its next digit
 induction      random tokens, then the same again -> the token that came next the first time
-addition       36+28=????? -> 00064, the problems of addition_toy.py
+addition       36+28=????? -> 00064, the problems that addition_toy.py learns
 
 Every prompt is checked with the tokenizer it is made for. Prompts come from a random generator;
 those of the length that is the first to have n of them are kept.
@@ -34,17 +34,15 @@ class Task:
     correct: Callable  # (logits, rows) -> bool (n,): is the model right? meant for clean prompts
     floor: float  # the task makes sense for models that are right on this share of the prompts
     units: str  # label of the metric's axis
-    kept: int  # how many prompts were kept, N,
-    made: int  # of how many that were made, repeats left out
+    made: int  # how many different prompts were made until N of one length were there
     about: str  # what is corrupted, what the metric is
 
 
 def make(name, tok, n, seed=0, corrupt=None, **options):
     """A Task of exactly n different prompts, a function of the arguments. Impossible: ValueError.
 
-    tok: a tokenizer; for addition the module addition_toy. corrupt: see CORRUPTIONS, the first is
-    the default.
-    options: length=16 of induction, tokens before the repetition.
+    tok: a tokenizer; addition has its own, Digits, whatever tok is. corrupt: see CORRUPTIONS, the
+    first is the default. options: length=16 of induction, tokens before the repetition.
     """
     if name not in GENERATORS:
         raise ValueError(f"unknown task {name!r}, there are: {', '.join(NAMES)}")
@@ -187,7 +185,7 @@ def ioi(tok, n, draws, corrupt):
     metric = scored(difference, -1, io, s)
     change = {"abc": "all names become three fresh ones",
               "flip": "the second mention is of the indirect object (IO), not of the subject (S)"}
-    return Task("ioi", clean, other, metric, exceeds(metric, 0), 0.75, "logit difference", n, made,
+    return Task("ioi", clean, other, metric, exceeds(metric, 0), 0.75, "logit difference", made,
                 f"corrupt: {change[corrupt]}; metric: logit of IO minus logit of S, last token")
 
 
@@ -238,7 +236,7 @@ def greater_than(tok, n, draws, corrupt):
     meaning = ("P(years above) - P(years up to it), two-digit tokens" if whole else
                "P(next digit above its tens digit) - P(below), the same digit counts for neither")
     return Task("greater-than", clean, other, metric, exceeds(metric, 0), 0.75,
-                "probability difference", n, made,
+                "probability difference", made,
                 f"corrupt: the first year ends in 01; metric: {meaning}, last token")
 
 
@@ -270,17 +268,41 @@ def induction(tok, n, draws, corrupt, length=16):
     places = slice(-length, -1)  # the second half; its last token is asked for, and asks nothing
     return Task("induction", clean, other, scored(above_the_rest(tok.vocab_size), places, answers),
                 exceeds(scored(share_right, places, answers), 0.5), 0.5,
-                "logit above the mean of the others", n, made,
+                "logit above the mean of the others", made,
                 "corrupt: other random tokens in the first half; metric: logit of the repeated token "
                 "minus the mean of all others, mean of the second half but its first token")
 
 
 # -----------------------------------------------------------------------------
-# addition
+# addition: the 10,000 problems of two-digit numbers, which addition_toy.py learns
+
+CHARACTERS = "0123456789+=?"
+ANSWER = range(6, 11)  # positions of the five answer digits; the last three are the sum's
 
 
-def addition(toy, n, draws, corrupt):
-    idx, targets = toy.problems()
+class Digits:
+    """The tokenizer of the problems: a character is a token."""
+
+    name, vocab_size, bos = "addition", len(CHARACTERS), None
+
+    def encode(self, text):
+        return [CHARACTERS.index(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(CHARACTERS[i] for i in ids)
+
+
+def problems():
+    """idx (10000, 11) int64 and targets (10000, 11), -1 outside the answer; problem 100 x + y."""
+    encode = Digits().encode
+    pairs = [(x, y) for x in range(100) for y in range(100)]
+    idx = torch.tensor([encode(f"{x:02}+{y:02}=?????") for x, y in pairs])
+    targets = torch.tensor([[-1] * 6 + encode(f"{x + y:05}") for x, y in pairs])
+    return idx, targets
+
+
+def addition(tok, n, draws, corrupt):
+    idx, targets = problems()
     if n > len(idx):
         raise ValueError(f"addition has {len(idx)} problems, not {n}")
     clean = draws.sample(range(len(idx)), n)  # problem 100 x + y: its decimal digits are x and y's
@@ -289,11 +311,11 @@ def addition(toy, n, draws, corrupt):
         place = 10 ** draws.randrange(4)
         digit = problem // place % 10
         other.append(problem + place * (draws.choice([d for d in range(10) if d != digit]) - digit))
-    places = slice(toy.ANSWER.start, toy.ANSWER.stop)
+    places = slice(ANSWER.start, ANSWER.stop)
     answers = targets[clean, places]
     return Task("addition", idx[clean], idx[other], scored(above_the_rest(10), places, answers),
                 exceeds(scored(share_right, places, answers), 0.99), 0.9,  # all five
-                "logit above the mean of the other digits", n, n,
+                "logit above the mean of the other digits", n,
                 "corrupt: one digit of an addend is another; metric: logit of the right digit minus "
                 "the mean of the other nine, mean of the five answer places")
 

@@ -7,6 +7,7 @@ Everywhere "fields" are those of model.py's Config as a dict, and "weights" is {
 import json
 import math
 import os
+import re
 
 import torch
 
@@ -19,10 +20,9 @@ from plumbing.plan import KNOWN
 
 
 def read_model(name_or_path, adapter=None):
-    """(fields, weights) of all that Transformer.from_pretrained opens, in the dtype of the file.
+    """(fields, weights) of all that Transformer.from_pretrained opens, with an adapter added.
 
-    adapter: a file of train.py --lora. Most tensors are mapped and not read from the file yet. A file
-    that is damaged or of an unknown kind: ValueError.
+    Tensors have the file's dtype; most are mapped and not read yet. A bad file: ValueError.
     """
     fields, weights = read_checkpoint(name_or_path)
     if fields.get("tied_head", True) and "wte.weight" in weights:
@@ -37,10 +37,8 @@ def read_fields(name_or_path):
     """The fields alone; a name in plumbing/plan.py's KNOWN needs no download."""
     if os.path.isfile(checkpoint_in(name_or_path)):
         return read_checkpoint(name_or_path)[0]
-    if os.path.isdir(name_or_path):
-        return fields_from(name_or_path, read_json(name_or_path))
-    settings = KNOWN.get(name_or_path)
-    return fields_from(name_or_path, settings or read_json(os.path.dirname(hub.download(name_or_path, "config.json"))))
+    settings = None if os.path.isdir(name_or_path) else KNOWN.get(name_or_path)
+    return fields_from(name_or_path, settings or read_json(name_or_path))
 
 
 def read_checkpoint(name_or_path):
@@ -54,17 +52,16 @@ def read_checkpoint(name_or_path):
             raise ValueError(f"{path} has an lm_head.weight of its own, but its config.json ties it")
         return fields, weights
     content = hub.read_pickle(path)
-    if not isinstance(content, dict):
-        content = {}
-    fields = content.get("config", {})
-    if "model" not in content or "gate_bias" not in fields:  # nanoGPT's ckpt.pt too has these two
-        return from_nanogpt(path, content.get("model", content))
+    content = content if isinstance(content, dict) else {}
+    fields, weights = content.get("config"), content.get("model", {})
+    if not isinstance(fields, dict) or "gate_bias" not in fields:  # nanoGPT's ckpt.pt has a config too
+        return from_nanogpt(path, weights or content)
     if unknown := fields.keys() - set(" ".join(FIELDS).split()):
         raise ValueError(f"{path} has the unknown setting {min(unknown)}: another version wrote it")
-    if any(name.endswith("lora_a") for name in content["model"]):
+    if any(name.endswith("lora_a") for name in weights):
         raise ValueError(f"{path} holds adapters without their base: give the base, and "
                          "--adapter with the adapter.safetensors beside it")
-    return fields, content["model"]
+    return fields, weights
 
 
 def checkpoint_in(path):
@@ -75,24 +72,24 @@ def checkpoint_in(path):
     return path
 
 
-def read_json(folder):
-    """config.json of a Hugging Face folder."""
+def read_json(name):
+    """config.json of a Hugging Face folder, or of a repository of the hub."""
+    path = os.path.join(name, "config.json") if os.path.isdir(name) else hub.download(name, "config.json")
     try:
-        with open(os.path.join(folder, "config.json")) as f:
+        with open(path) as f:
             return json.load(f)
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no config.json: give a Hugging Face folder (config.json + "
+        raise ValueError(f"{name} has no config.json: give a Hugging Face folder (config.json + "
                          "model.safetensors), a checkpoint file or a hub name") from None
     except ValueError:
-        raise ValueError(f"{folder}/config.json is not valid JSON: get it again") from None
+        raise ValueError(f"{path} is not valid JSON: get it again") from None
 
 
 def write_model(folder, fields, weights):
     """Write config.json and model.safetensors. Neither a GPT-2 nor a LLaMA: ValueError."""
     settings = settings_from(fields)
-    tensors = tensors_from(settings, fields, weights)
     open_folder(folder)
-    hub.write_safetensors(os.path.join(folder, "model.safetensors"), tensors)
+    hub.write_safetensors(os.path.join(folder, "model.safetensors"), tensors_from(fields, weights))
     replace_text(os.path.join(folder, "config.json"), json.dumps(settings, indent=2) + "\n")
     if fields["sparse"]:
         print(f"note: transformers opens {folder} as a dense model; the README adds its gates")
@@ -115,12 +112,10 @@ def check_fields(fields):
              "a finite number": lambda x: isinstance(x, (int, float)) and math.isfinite(x),
              "true or false": lambda x: isinstance(x, bool),
              "a dict or null": lambda x: x is None or isinstance(x, dict)}
-    for names, rule in FIELDS.items():
-        for name in names.split():
-            value = fields[name]
-            if not (holds[rule](value) if rule in holds else value in rule.split(" | ")):
-                rule = rule if rule in holds else f"one of {rule.replace(' | ', ', ')}"
-                raise ValueError(f"{name} must be {rule}, got {value!r}")
+    for name, rule in ((name, rule) for names, rule in FIELDS.items() for name in names.split()):
+        value, choices = fields[name], rule.split(" | ")
+        if not (holds[rule](value) if rule in holds else value in choices):
+            raise ValueError(f"{name} must be {rule if rule in holds else f'one of {choices}'}, got {value!r}")
     n_embd, n_head, n_kv_head = (fields[name] for name in ("n_embd", "n_head", "n_kv_head"))
     if n_embd % n_head or n_head % n_kv_head:
         raise ValueError(f"n_embd {n_embd} must be a multiple of n_head {n_head}, "
@@ -148,21 +143,20 @@ def check_names(source, weights, wanted):
 # -----------------------------------------------------------------------------
 # Hugging Face: GPT-2 and LLaMA, by model_type. In all tables our name comes first.
 
-ARCHITECTURE = {"gpt2": {"norm": "layernorm", "position": "learned", "mlp": "gelu", "causal": True,
-                         "attention_bias": True, "mlp_bias": True},
-                "llama": {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "causal": True}}
+ARCHITECTURE = {"gpt2": dict(norm="layernorm", position="learned", mlp="gelu", causal=True,
+                             attention_bias=True, mlp_bias=True),
+                "llama": dict(norm="rmsnorm", position="rope", mlp="swiglu", causal=True)}
 SETTINGS = {
-    "gpt2": {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer",
-             "n_head": "n_head", "n_embd": "n_embd", "n_inner": "n_inner",
-             "norm_eps": "layer_norm_epsilon", "tied_head": "tie_word_embeddings"},
-    "llama": {"block_size": "max_position_embeddings", "vocab_size": "vocab_size",
-              "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-              "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
-              "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps",
-              "tied_head": "tie_word_embeddings", "rope_theta": "rope_theta",
-              "rope_scaling": "rope_scaling", "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}}
-ABSENT = {"gpt2": {}, "llama": {"norm_eps": 1e-6, "tied_head": False, "rope_theta": 10000.0,
-                                "attention_bias": False, "mlp_bias": False}}  # where not Config's default
+    "gpt2": dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head",
+                 n_embd="n_embd", n_inner="n_inner", norm_eps="layer_norm_epsilon",
+                 tied_head="tie_word_embeddings"),
+    "llama": dict(block_size="max_position_embeddings", vocab_size="vocab_size",
+                  n_layer="num_hidden_layers", n_head="num_attention_heads",
+                  n_kv_head="num_key_value_heads", n_embd="hidden_size", n_inner="intermediate_size",
+                  norm_eps="rms_norm_eps", tied_head="tie_word_embeddings", rope_theta="rope_theta",
+                  rope_scaling="rope_scaling", attention_bias="attention_bias", mlp_bias="mlp_bias")}
+ABSENT = {"gpt2": {},  # what a missing setting means, where that is not the default of Config
+          "llama": dict(norm_eps=1e-6, tied_head=False, attention_bias=False, mlp_bias=False)}
 SUPPORTED = {  # the values that our model covers, first the one that a missing setting means
     "gpt2": {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
              "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
@@ -190,7 +184,8 @@ def fields_from(source, settings):
     fields = ABSENT[family] | ARCHITECTURE[family] | fields
     if family == "llama":
         rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
-        fields |= {"rope_theta": rope.pop("rope_theta", fields["rope_theta"]), "rope_scaling": rope or None}
+        fields["rope_theta"] = rope.pop("rope_theta", settings.get("rope_theta", 10000.0))
+        fields["rope_scaling"] = rope or None
         head_size = fields["n_embd"] // fields["n_head"]
         if settings.get("head_dim") not in (None, head_size):
             raise ValueError(f"{source} has heads of {settings['head_dim']}, where hidden_size / "
@@ -201,7 +196,7 @@ def fields_from(source, settings):
 
 
 def settings_from(fields):
-    """The inverse of fields_from: config.json as a dict."""
+    """The inverse of fields_from. Neither a GPT-2 nor a LLaMA: ValueError."""
     family = "llama" if fields["norm"] == "rmsnorm" else "gpt2"
     if any(fields[name] != value for name, value in ARCHITECTURE[family].items()) or (
             family == "gpt2" and fields["n_kv_head"] != fields["n_head"]):
@@ -233,9 +228,9 @@ def weights_from(settings, tensors):
     return weights
 
 
-def tensors_from(settings, fields, weights):
+def tensors_from(fields, weights):
     """The inverse of weights_from."""
-    family, tensors = settings["model_type"], {}
+    family, tensors = "llama" if fields["norm"] == "rmsnorm" else "gpt2", {}
     kv = fields["n_kv_head"] * fields["n_embd"] // fields["n_head"]
     for name, t in weights.items():
         for ours, theirs in TENSORS[family].items():
@@ -249,10 +244,9 @@ def tensors_from(settings, fields, weights):
 
 
 def scale_rope(frequency, scaling):
-    """RoPE's frequencies, in radians per position, after the rope_scaling of a config.json, or None.
+    """RoPE's frequencies, radians per position, after the rope_scaling of a config.json, or None.
 
-    "linear" divides all of them by its factor. "llama3" divides the slow ones, keeps the fast ones
-    and blends in between; fast means many turns within the original context.
+    "linear" divides all of them. "llama3" divides those that turn seldom in the original context.
     """
     kind = scaling.get("rope_type", scaling.get("type")) if scaling else "default"
     try:
@@ -281,7 +275,7 @@ def same_head(weights):
 
 
 def from_nanogpt(source, weights):
-    """The paper authors' final.pth: a nanoGPT state dict, (out, in) matrices, b = 0, gates on.
+    """(fields, weights) of the paper authors' final.pth, a nanoGPT state dict: gates on, b = 0.
 
     It holds no settings: sizes are read off the tensors, heads are 64 wide as in GPT-2.
     """
@@ -296,12 +290,10 @@ def from_nanogpt(source, weights):
     vocab_size, n_embd = ours["wte.weight"].shape
     if n_embd % 64:
         raise ValueError(f"{source} is {n_embd} wide, which heads of 64 do not fill")
-    layers = {int(name.split(".")[1]) for name in ours if name.startswith("h.")}
     fields = {"vocab_size": vocab_size, "n_embd": n_embd, "n_head": n_embd // 64,
-              "n_layer": len(layers), "block_size": len(ours["wpe.weight"]),
-              "attention_bias": "h.0.attn.c_attn.bias" in ours,
-              "mlp_bias": "h.0.mlp.c_fc.bias" in ours, "sparse": True, "gate_bias": 0.0,
-              "tied_head": same_head(ours)}
-    for name in [name for name in ours if ".ln_" in "." + name and name.endswith(".weight")]:
-        ours.setdefault(name.replace(".weight", ".bias"), torch.zeros(n_embd))  # trained without
-    return fields, ours
+              "n_layer": len({name.split(".")[1] for name in ours if name.startswith("h.")}),
+              "block_size": len(ours["wpe.weight"]), "attention_bias": "h.0.attn.c_attn.bias" in ours,
+              "mlp_bias": "h.0.mlp.c_fc.bias" in ours, "tied_head": same_head(ours),
+              "sparse": True, "gate_bias": 0.0}
+    norms = {name.removesuffix(".weight") for name in ours if re.search(r"\bln_\w+\.weight$", name)}
+    return fields, {f"{norm}.bias": torch.zeros(n_embd) for norm in norms} | ours  # trained without biases

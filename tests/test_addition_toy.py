@@ -2,31 +2,27 @@
 
 import json
 import os
-import subprocess
-import sys
 
+import pytest
 import torch
 
 import addition_toy as toy
 from model import Config, Transformer
+from plumbing.flags import Log, parse, run
+from plumbing.tasks import Digits
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-def decode(ids):
-    return "".join(toy.CHARACTERS[i] for i in ids)
+TINY = dict(block_size=11, vocab_size=13, n_layer=2, n_head=2, n_embd=16, causal=False, init_std=0.5)
 
 
 def tiny(**more):
     torch.manual_seed(0)
-    return Transformer(Config(block_size=11, vocab_size=13, n_layer=2, n_head=2, n_embd=16, causal=False,
-                              sparse=True, gate_bias=0.0, init_std=0.5, **more))
+    return Transformer(Config(**TINY | dict(sparse=True, gate_bias=0.0) | more))
 
 
 def test_every_problem_is_there_once_with_its_answer():
     idx, targets = toy.problems()
+    decode, seen = Digits().decode, set()
     assert idx.shape == targets.shape == (10000, 11)
-    seen = set()
     for ids, target in zip(idx.tolist(), targets.tolist()):
         text = decode(ids)
         x, y = int(text[:2]), int(text[3:5])
@@ -37,91 +33,148 @@ def test_every_problem_is_there_once_with_its_answer():
     assert decode(idx[3628]) == "36+28=?????" and decode(targets[3628, 6:]) == "00064"
 
 
-def test_the_held_out_thousand_never_change():
-    mask = toy.held_out()
-    assert mask.sum() == 1000 and torch.equal(mask, toy.held_out())
-    train = (~mask).nonzero().flatten()
-    drawn = torch.cat([toy.batch(step, seed, 500, train) for step in range(20) for seed in (0, 3)])
-    assert not mask[drawn].any()
-    assert torch.equal(toy.batch(4, 0, 9, train), toy.batch(4, 0, 9, train))
-    assert not torch.equal(toy.batch(4, 0, 9, train), toy.batch(5, 0, 9, train))
+def test_batches_are_a_function_of_seed_and_step():
+    assert torch.equal(toy.batch(4, 0, 9000), toy.batch(4, 0, 9000))
+    assert not torch.equal(toy.batch(4, 0, 9000), toy.batch(5, 0, 9000))
+    assert not torch.equal(toy.batch(4, 0, 9000), toy.batch(4, 1, 9000))
+    drawn = torch.cat([toy.batch(step, 3, 9000) for step in range(400)])
+    assert drawn.min() >= 0 and drawn.max() < 9000 and len(drawn.unique()) > 8900
 
 
-def test_carries():
-    carry = toy.carries()
-    for problem, want in ((5321, [False, False]), (3628, [True, False]), (4359, [True, True]),
-                          (9111, [False, True]), (9901, [True, True])):
-        assert carry[problem].tolist() == want
-    assert carry.sum(0).tolist() == [4500, 4950]
+def test_the_held_out_thousand_never_change_and_are_never_trained_on(monkeypatch, tmp_path):
+    assert toy.HELD_OUT.sum() == 1000
+    assert toy.HELD_OUT.nonzero().flatten()[:5].tolist() == [3, 7, 10, 15, 26]
+    used, held_out = [], {tuple(row) for row in toy.problems()[0][toy.HELD_OUT].tolist()}
+    train_dense, train_sparse = toy.train_dense, toy.train_sparse
+
+    def dense(flags, seed, idx, targets, bar):
+        used.append(idx)
+        return train_dense(flags, seed, idx, targets, bar)
+
+    def sparse(flags, seed, dense, tau, idx, targets, bar):
+        used.append(idx)
+        return train_sparse(flags, seed, dense, tau, idx, targets, bar)
+
+    monkeypatch.setattr(toy, "train_dense", dense)
+    monkeypatch.setattr(toy, "train_sparse", sparse)
+    flags = toy.Flags(tries=2, dense_steps=1, steps=1, n_embd=16)
+    results = toy.run_seed(flags, 0, Log(str(tmp_path), {}))[3]
+    assert len(used) == 4 and results["tries"] == [None, None]
+    assert all(len(idx) == 9000 and not held_out & {tuple(row) for row in idx.tolist()} for idx in used)
+
+
+def test_a_seed_decides_the_whole_try():
+    idx, targets = (t[::9] for t in toy.problems())
+    flags = toy.Flags(dense_steps=3, steps=3, n_embd=16)
+
+    def a_try(seed, torch_seed):
+        torch.manual_seed(torch_seed)
+        bar = toy.tqdm(disable=True)
+        dense = toy.train_dense(flags, seed, idx, targets, bar)
+        sparse, _, trace = toy.train_sparse(flags, seed, dense, 0.1, idx, targets, bar)
+        return sparse.state_dict(), trace
+
+    (a, trace), (b, again), (c, other) = a_try(5, 0), a_try(5, 1), a_try(6, 1)
+    assert trace == again and all(torch.equal(a[name], b[name]) for name in a)
+    assert trace != other and not torch.equal(a["wte.weight"], c["wte.weight"])
 
 
 def test_open_gates_are_the_ones_the_model_used():
     model, idx = tiny(), toy.problems()[0][::997]
-    gates = toy.evaluate(model, idx, idx)[2]
-    assert gates.shape == (len(idx), 2, 2, 11, 11)
+    e = toy.evaluate(model, idx, idx)
+    assert e.gates.shape == e.weights.shape == (len(idx), 2, 2, 11, 11)
     share = model(idx)[2].open
-    torch.testing.assert_close(gates.double().mean((0, 3, 4)).float(), share)
+    torch.testing.assert_close(e.gates.double().mean((0, 3, 4)).float(), share)
     assert 0 < share.mean() < 1
+    assert e.open_edges == pytest.approx(share.sum().item() * 121)
+    assert toy.evaluate(tiny(sparse=False), idx, idx).gates.all()
 
 
 def test_exact_needs_every_digit():
     idx, targets = (t[:50] for t in toy.problems())
     model = tiny()
-    exact, ce, gates = toy.evaluate(model, idx, targets)
-    assert not exact.any() and ce > 1 and gates.shape == (50, 2, 2, 11, 11)
+    e = toy.evaluate(model, idx, targets)
+    assert e.exact == 0 and e.ce > 1 and e.gates.shape == (50, 2, 2, 11, 11)
     guesses = model(idx)[0].argmax(-1)
-    assert toy.evaluate(model, idx, torch.where(targets == -1, -1, guesses))[0].all()
+    assert torch.equal(e.answers, guesses[:, 6:])
+    assert toy.evaluate(model, idx, torch.where(targets == -1, -1, guesses)).exact == 1
     guesses[7, 10] = (guesses[7, 10] + 1) % 13
-    exact = toy.evaluate(model, idx, torch.where(targets == -1, -1, guesses))[0]
-    assert not exact[7] and exact.sum() == 49
+    assert toy.evaluate(model, idx, torch.where(targets == -1, -1, guesses)).exact == 49 / 50
 
 
 def test_shut_edges_have_no_weight_and_dense_rows_sum_to_one():
-    model, idx = tiny(), toy.problems()[0][::997]
-    weights, gates = toy.edge_weights(model, idx), toy.evaluate(model, idx, idx)[2]
-    assert torch.equal(weights > 0, gates.any(2))
-    one_head = Transformer(Config(block_size=11, vocab_size=13, n_layer=2, n_head=1, n_embd=16, causal=False))
-    rows = toy.edge_weights(one_head, idx).sum(-1)
+    idx = toy.problems()[0][::997]
+    e = toy.evaluate(tiny(), idx, idx)
+    assert torch.equal(e.weights > 0, e.gates)
+    rows = toy.evaluate(tiny(sparse=False), idx, idx).weights.sum(-1)
     torch.testing.assert_close(rows, torch.ones_like(rows))
 
 
 def test_words_and_table_of_a_circuit_made_by_hand():
     """Layer 0: units read both units. Layer 1: tens read the units when there is a carry."""
+    x, y = torch.arange(10000) // 100, torch.arange(10000) % 100
     gates = torch.zeros(10000, 2, 1, 11, 11, dtype=torch.bool)
     gates[:, 0, 0, toy.UNITS, [1, 4]] = True
-    gates[toy.carries()[:, 0], 1, 0, toy.TENS, toy.UNITS] = True
+    gates[x % 10 + y % 10 >= 10, 1, 0, toy.TENS, toy.UNITS] = True
     gates[:, 1, 0, toy.HUNDREDS, toy.HUNDREDS] = True  # reading oneself is not reading a carry
     assert toy.describe(gates) == [
         "layer 0: units reads y units 100.0%, x units 100.0%",
         "layer 1: hundreds reads hundreds 100.0%",
         "layer 1: tens reads units 45.0%",
     ]
-    gates[:, 1, 0, toy.TENS, 6] = torch.arange(10000) % 100 < 10  # a detour, in a tenth
+    gates[:, 1, 0, toy.TENS, 6] = y < 10  # a detour, in a tenth
+    gates[x + y >= 100, 1, 0, toy.HUNDREDS, 0] = True
     table = toy.carry_table(gates)
-    assert list(table) == [
-        "tens <- units", "tens <- units, own sum < 10", "tens <- units, own sum >= 10",
-        "tens <- answer 1", "tens <- answer 1, own sum < 10", "tens <- answer 1, own sum >= 10",
-        "hundreds <- units", "hundreds <- tens"]
-    assert table["tens <- units"] == {"carry": {"reads": 4500, "does_not": 0},
-                                      "no_carry": {"reads": 0, "does_not": 5500}}
-    assert table["tens <- units, own sum >= 10"]["carry"] == {"reads": 2025, "does_not": 0}
-    assert table["tens <- units, own sum < 10"]["no_carry"] == {"reads": 0, "does_not": 3025}
-    assert table["hundreds <- tens"]["carry"] == {"reads": 0, "does_not": 4950}
-    assert table["hundreds <- units"]["carry"] == {"reads": 0, "does_not": 4500}
-    assert sum(table["tens <- answer 1"][c]["reads"] for c in ("carry", "no_carry")) == 1000
+    assert table == {
+        "tens <- units": {"carry": {"reads": 4500, "does_not": 0},
+                          "no_carry": {"reads": 0, "does_not": 5500}},
+        "tens <- answer 1": {"carry": {"reads": 450, "does_not": 4050},
+                             "no_carry": {"reads": 550, "does_not": 4950}},
+        "hundreds <- units": {"carry": {"reads": 0, "does_not": 4500},
+                              "no_carry": {"reads": 0, "does_not": 5500}},
+        "hundreds <- tens": {"carry": {"reads": 0, "does_not": 4950},
+                             "no_carry": {"reads": 0, "does_not": 5050}},
+        "hundreds <- x tens": {"carry": {"reads": 4950, "does_not": 0},
+                               "no_carry": {"reads": 0, "does_not": 5050}},
+    }
+    assert list(table)[0] == "tens <- units"
 
 
-def test_a_short_run_learns_and_writes_everything(tmp_path):
-    """Half a minute: dense training learns to add, post-training shuts most edges."""
-    command = f"addition_toy.py --dense-steps 900 --tries 1 --steps 600 --loose 0.3 --threads 1 --out {tmp_path}"
-    subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True, capture_output=True)
+@pytest.mark.parametrize("bad, message", [
+    (["--tries", "0"], "--tries must be at least 1"), (["--slack", "0"], "--slack must be positive"),
+    (["--loose", "nan"], "--loose"), (["--gate-bias", "inf"], "--gate-bias"),
+    (["--seed", str(2**62)], "--seed"), (["--n-head", "3"], "n_head")])
+def test_bad_flags_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse(toy.Flags, bad)
+    assert "\n" not in str(error.value)
+
+
+def test_an_error_during_training_has_a_line_of_its_own(tmp_path, monkeypatch, capsys):
+    def fails(*args):
+        raise ValueError("no more")
+
+    monkeypatch.setattr(toy, "evaluate", fails)
+    monkeypatch.setattr("sys.argv", ["addition_toy.py", "--dense-steps", "2", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        run(toy.main, toy.Flags)
+    assert stop.value.code == 2
+    bar, *_, error, end = capsys.readouterr().err.split("\n")
+    assert "try 1 of 5" in bar and error == "error: no more" and end == ""
+
+
+def test_a_short_run_learns_and_writes_everything(tmp_path, capsys):
+    """Dense training learns to add, post-training shuts most edges."""
+    toy.main(toy.Flags(dense_steps=600, tries=1, steps=300, loose=0.3, out=str(tmp_path)))
     results = json.load(open(tmp_path / "results.json"))
     assert results["dense_exact"] > 0.9
     assert results["exact"] > 0.2  # far from done; guessing gives 0.01
     assert results["mean_open_edges"] < 40 < results["allowed_edges"] == 242
+    [seed] = results["per_seed"]
+    assert seed["exact"] == results["exact"] and seed["tries"] == [None]
+    assert {"exact_heldout", "circuit", "carry_table", "tau"} <= seed.keys()
     for name in ("circuits.png", "training.png", "log.jsonl", "dense.pt", "sparse.pt"):
-        assert os.path.getsize(tmp_path / name) > 1000
-    model = Transformer.from_pretrained(str(tmp_path / "sparse.pt"))
-    exact, _, gates = toy.evaluate(model, *toy.problems())
-    assert exact.double().mean().item() == results["exact"]
-    assert toy.mean_edges(gates) == results["mean_open_edges"]
+        assert os.path.getsize(tmp_path / name) > 700
+    assert "no state qualified" in capsys.readouterr().out
+    e = toy.evaluate(Transformer.from_pretrained(str(tmp_path / "sparse.pt")), *toy.problems())
+    assert (e.exact, e.open_edges) == (results["exact"], results["mean_open_edges"])

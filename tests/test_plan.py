@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from model import Config, Transformer, read_config
+from model import Config, Transformer
 from plumbing.plan import KNOWN, activation_bytes
+from plumbing.weights import read_fields
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GPT2 = dict(block_size=512, vocab_size=1000, n_layer=6, n_head=4, n_embd=256, sparse=True)
@@ -37,7 +38,8 @@ def meta_model(config):
 
 
 def test_known_sizes():
-    count = {name: sum(p.numel() for p in meta_model(read_config(name)).parameters()) for name in KNOWN}
+    count = {name: sum(p.numel() for p in meta_model(Config(**read_fields(name))).parameters())
+             for name in KNOWN}
     assert count["meta-llama/Llama-3.2-1B"] == 1_235_814_400
     assert count["meta-llama/Llama-3.2-3B"] == 3_212_749_824
     assert count["gpt2"] == 124_439_808 and count["gpt2-xl"] == 1_557_611_200

@@ -9,7 +9,6 @@ import re
 import pytest
 import torch
 
-import addition_toy as toy
 from plumbing import tasks
 from plumbing.tokens import tokenizer
 
@@ -79,8 +78,8 @@ def refused(match, *args, **options):
 def every(n=20, seed=0):
     for name, tok in (("ioi", Words()), ("greater-than", Words()), ("greater-than", Digits()),
                       ("greater-than", BYTES), ("induction", Closed()), ("induction", BYTES),
-                      ("addition", toy)):
-        more = {"length": 5} if tok is not toy and tok.name == "closed" else {}
+                      ("addition", tasks.Digits())):
+        more = {"length": 5} if tok.name == "closed" else {}
         for corrupt in tasks.CORRUPTIONS[name]:
             yield tok, tasks.make(name, tok, n, seed, corrupt, **more)
 
@@ -92,11 +91,11 @@ def every(n=20, seed=0):
 def test_shapes_counts_and_no_prompt_twice():
     assert tasks.NAMES == ("ioi", "greater-than", "induction", "addition")
     for tok, task in every():
-        assert task.clean.shape == task.corrupt.shape and len(task.clean) == 20 == task.kept
-        assert task.clean.dtype == task.corrupt.dtype == torch.int64 and task.made >= task.kept
+        assert task.clean.shape == task.corrupt.shape and len(task.clean) == 20
+        assert task.clean.dtype == task.corrupt.dtype == torch.int64 and task.made >= 20
         assert len(task.clean.unique(dim=0)) == 20 and all(changes(task))
         assert 0 < task.floor < 1 and task.units and "corrupt:" in task.about and "\n" not in task.about
-        if tok is not toy and tok.bos is not None:
+        if tok.bos is not None:
             assert (task.clean[:, 0] == 0).all() and (task.corrupt[:, 0] == 0).all()
             assert (task.clean[:, 1:] > 1).all() and (task.corrupt[:, 1:] > 1).all()  # no special ones
 
@@ -109,7 +108,7 @@ def test_the_seed_decides():
 
 def test_rows_choose_the_prompts_the_logits_are_of():
     for tok, task in every():
-        vocab = 13 if tok is toy else 4000 if isinstance(tok, Words) else 257
+        vocab = tok.vocab_size
         logits = torch.randn(20, task.clean.shape[1], vocab, generator=torch.Generator().manual_seed(0))
         whole, right = task.metric(logits), task.correct(logits)
         assert whole.shape == right.shape == (20,) and right.dtype == torch.bool
@@ -122,7 +121,7 @@ def test_rows_choose_the_prompts_the_logits_are_of():
 
 def test_metrics_have_a_gradient_and_keep_float64():
     for tok, task in every(n=2):
-        vocab = 13 if tok is toy else 4000
+        vocab = 13 if tok.name == "addition" else 4000
         logits = torch.randn(2, task.clean.shape[1], vocab, dtype=torch.float64, requires_grad=True)
         task.metric(logits).sum().backward()
         assert logits.grad.any() and task.metric(logits).dtype == torch.float64
@@ -137,7 +136,7 @@ def test_what_can_not_be_made_is_said_in_one_line(words):
     refused("years cuts the year 1737 neither into 17 and 37", "greater-than", Years(), 5)
     refused("from 2 to the 9 usable tokens of the tokenizer closed, not 16", "induction", Closed(), 5)
     refused("only about 72 different prompts .* not 5000", "induction", Closed(), 5000, length=2)
-    refused("10000 problems, not 10001", "addition", toy, 10001)
+    refused("10000 problems, not 10001", "addition", tasks.Digits(), 10001)
 
 
 # -----------------------------------------------------------------------------
@@ -254,19 +253,19 @@ def test_induction_metric_and_share_right():
 
 
 def test_addition_prompts():
-    task = tasks.make("addition", toy, 500)
-    idx, _ = toy.problems()
+    task = tasks.make("addition", tasks.Digits(), 500)
+    idx, _ = tasks.problems()
     assert set(changes(task)) == {1}
     where = (task.clean != task.corrupt).nonzero()[:, 1]
     assert set(where.tolist()) == {0, 1, 3, 4}
     for rows in (task.clean, task.corrupt):
         x, y = rows[:, 0] * 10 + rows[:, 1], rows[:, 3] * 10 + rows[:, 4]
         assert torch.equal(idx[100 * x + y], rows)
-    assert len(tasks.make("addition", toy, 10000).clean) == 10000
+    assert len(tasks.make("addition", tasks.Digits(), 10000).clean) == 10000
 
 
 def test_addition_metric():
-    task = tasks.make("addition", toy, 6)
+    task = tasks.make("addition", tasks.Digits(), 6)
     logits = torch.zeros(6, 11, 13)
     logits[..., 10:] = -7.0  # + = ? are no digits
     for row, (a, b, _, c, d, *_) in enumerate(task.clean.tolist()):
@@ -289,7 +288,7 @@ def test_real_tokenizers(name, monkeypatch):
     tok = tokenizer("gpt2" if name == "gpt2" else os.path.join(ASSETS, "smollm2-135m"))
     for task in ("ioi", "greater-than", "induction"):
         made = tasks.make(task, tok, 100)
-        assert made.kept == 100 and made.made < 150
+        assert len(made.clean) == 100 and made.made < 150
         if task != "induction":  # text, as a model reads it
             for rows in (made.clean, made.corrupt):
                 assert [list(tok.encode(t)) for t in texts(tok, rows)] == rows.tolist()

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig,
                           LlamaForCausalLM)
 
-from model import Config, Transformer, read_config
+from model import Config, Transformer
 from plumbing.tokens import fixed_blocks, open_tokens, tokenizer
+from plumbing.weights import read_fields
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SIZES = [  # n_layer, n_head, n_embd, vocabulary, context, n_inner
@@ -235,7 +236,7 @@ def test_checkpoints_come_back_whole(tmp_path):
     assert dense(idx)[2] is None
     os.rename(tmp_path / "x.pt", tmp_path / "best.pt")  # as in a folder that train.py wrote
     assert torch.equal(Transformer.from_pretrained(str(tmp_path))(idx)[0], ours(idx)[0])
-    assert read_config(str(tmp_path)) == ours.config
+    assert Config(**read_fields(str(tmp_path))) == ours.config
 
 
 # -----------------------------------------------------------------------------
