@@ -1,7 +1,7 @@
 """
 One transformer. GPT-2, LLaMA and the addition toy are settings of its Config.
 
-    x = embedding(tokens);   n_layer times: x += attention(norm(x)), x += MLP(norm(x));   logits = head(norm(x))
+    x = embed(tokens);  n_layer times: x += attention(norm(x)), x += MLP(norm(x));  head(norm(x))
 
 config.sparse puts a gate on every attention edge (sparse.py); gates have no parameters.
 
@@ -130,7 +130,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, angle, seed, tap):
-        """x (B, T, C) -> (B, T, C), the attention's edges. A tap on .in leaves the skip as it is."""
+        """x (B, T, C) -> (B, T, C), the attention's edges. A tap on .in leaves the skip alone."""
         out, edges = self.attn(self.ln_1(tap("attn.in", x)), angle, seed, tap)
         x = x + tap("attn.out", out)
         return x + tap("mlp.out", self.mlp(self.ln_2(tap("mlp.in", x)))), edges
@@ -140,7 +140,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.recompute = False  # keep no activations inside a block, run it again in the backward pass
+        self.recompute = False  # keep no activations of a block, run it again in the backward pass
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -164,10 +164,10 @@ class Transformer(nn.Module):
     def forward(self, idx, targets=None, seed=None, tap=None):
         """idx (B, T) int64 -> logits (B, T, vocab_size), loss, edges.
 
-        targets (B, T) int64, -1 is ignored: loss is their mean cross-entropy in nats, else None. seed as
-        in gated_attention; each layer draws its own noise. edges is an Edges, or None if dense.
-        tap(name, tensor) -> tensor sees, and may replace, what flows at: embed; h{l}.attn.in, .q, .k,
-        .v, .z (B, T, heads, head_size), .out; h{l}.mlp.in, .out; final (before the last norm).
+        targets (B, T) int64, -1 is ignored: loss is the mean cross-entropy in nats, else None. seed
+        as in gated_attention; each layer draws its own noise. edges is an Edges, or None if dense.
+        tap(name, tensor) -> tensor sees, and may replace, what flows at: embed; h{l}.attn.in, .q,
+        .k, .v, .z (B, T, heads, head_size), .out; h{l}.mlp.in, .out; final (before the last norm).
         """
         config, (B, T) = self.config, idx.shape
         if T > config.block_size:
@@ -201,8 +201,8 @@ class Transformer(nn.Module):
         """A float32 model with the weights of `name_or_path`; overrides replace Config fields.
 
         A hub name ("gpt2", "owner/name") or a Hugging Face folder of a GPT-2 or a LLaMA; the paper
-        authors' final.pth; a checkpoint of train.py, its folder, or one of addition_toy.py. adapter: a
-        file of train.py --lora, added to the weights. Files that do not fit together: ValueError.
+        authors' final.pth; a checkpoint of train.py, its folder, or one of addition_toy.py. adapter:
+        a file of train.py --lora, added to the weights. Files that do not fit together: ValueError.
         """
         fields, weights = read_model(name_or_path, adapter)
         with torch.device("meta"):  # shapes without memory: the weights are held once
@@ -210,7 +210,7 @@ class Transformer(nn.Module):
         return model.load_weights(weights, name_or_path)
 
     def load_weights(self, weights, source="the weights"):
-        """Make {name: tensor} the parameters, in the default dtype. What does not fit: ValueError."""
+        """Make {name: tensor} the parameters, in the default dtype. What misfits: ValueError."""
         check_names(source, weights, self.state_dict())
         weights = {name: t.to(torch.get_default_dtype()) for name, t in weights.items()}
         self.load_state_dict(weights, assign=True)
@@ -219,7 +219,7 @@ class Transformer(nn.Module):
         return self
 
     def save_pretrained(self, folder):
-        """Write a Hugging Face folder; transformers runs it dense until it is told of the gates (README)."""
+        """Write a Hugging Face folder; transformers runs it dense, the README adds the gates."""
         write_model(folder, asdict(self.config), self.state_dict())
 
     def save_checkpoint(self, path, **more):

@@ -287,6 +287,7 @@ def train(flags, saved=None):
         # every so often: evaluate, keep the sparsest state within the bound, save, draw
         if (step + 1) % flags.eval_every == 0 or step + 1 == flags.steps:
             point = {"step": step + 1} | measure(model, fixed["val"], teacher=teacher)
+            run.require_finite(step + 1, held_out_loss=point["ce"])
             if flags.sparse:
                 point |= {"lambda": geco.lam, "ce_sampled": measure(model, fixed["val"], sampled=True)["ce"]}
                 if point[flags.bound] <= tau and (best is None or point["open"] < best["open"]):
@@ -304,7 +305,8 @@ def train(flags, saved=None):
     results = run.costs() | {"tau": tau, "ce_dense": ce_dense["test"]}
     results |= {"ce_dense_control": control["ce"]} if control else {}
     results |= report(flags, run, model, partial(measure, blocks=fixed["test"], teacher=teacher), best, trace)
-    print("test text, nats a token:", *(f"{name} {x:.4f}" for name, x in results.items() if name[:2] == "ce"))
+    on_test = [name for name in results if name.startswith("ce") and name != "ce_val"]
+    print("test text, nats a token:", *(f"{name} {results[name]:.4f}" for name in on_test))
     if fsdp.rank() == 0:
         print("wrote", write_results(flags.out, started, device, **results))
     return results
@@ -351,14 +353,14 @@ def main(flags):
     if flags.resume:
         flags, saved = runs.resume(flags)
     flags.out = flags.out or runs.default_out(flags)
+    if not saved:
+        runs.check_folder(flags)
     if flags.dry_run:
         return plan.show(flags, Transformer, Config(**weights.read_fields(flags.init) | {"sparse": flags.sparse}))
     with fsdp.process_group(pick_device(flags.device), flags.out) if flags.fsdp else nullcontext():
         if flags.batch_size % fsdp.world():
             raise ValueError(f"--batch-size {flags.batch_size} is over all ranks and must be a multiple "
                              f"of their number, {fsdp.world()}")
-        if not saved:
-            runs.check_folder(flags)
         if flags.benchmark:
             return runs.benchmark(flags, train)
         if flags.init == "scratch" and not saved:

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from plumbing.hub import read_pickle, write_pickle
+from plumbing.weights import check_names
 
 
 def rank():
@@ -119,6 +120,7 @@ def shard(model, weights, device, half=False):
     in bfloat16, as autocast would cast them in one process. Norms, embeddings and head stay float32,
     and so does the residual stream: one process and many have the same numbers.
     """
+    check_names("the model", weights, model.state_dict())
     mesh = dist.init_device_mesh(device, (world(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None,
                                   reduce_dtype=torch.float32 if half else None,

@@ -36,9 +36,10 @@ def saved_bytes(make_model, config, context, half):
     """Bytes that autograd saves in one forward pass of one sequence, each storage once."""
     with FakeTensorMode(allow_non_fake_inputs=True):  # constants of the code
         model, held = make_model(config), {}
-        for layer in model.h.modules() if half else ():
-            if isinstance(layer, torch.nn.Linear):
-                layer.to(torch.bfloat16)
+        for layer in list(model.h.modules()) if half else ():
+            if isinstance(layer, torch.nn.Linear):  # whose .to() fails on tensors without memory
+                for name, p in list(layer.named_parameters()):
+                    setattr(layer, name, torch.nn.Parameter(p.to(torch.bfloat16)))
         own = {p.untyped_storage()._cdata for p in model.parameters()}
 
         def keep(t):

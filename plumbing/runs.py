@@ -31,7 +31,8 @@ def default_out(flags):
     """out/NAME of the init, a checkpoint by its folder; the dense control beside it."""
     path = os.path.abspath(flags.init) if os.path.isfile(flags.init) else flags.init.rstrip("/")
     name = os.path.basename(os.path.dirname(path) if os.path.isfile(path) else path)
-    return os.path.join("out", name + "-dry-run" * flags.dry_run + "-control" * (not flags.sparse))
+    kind = "-dry-run" * flags.dry_run + "-benchmark" * (flags.benchmark > 0) + "-control" * (not flags.sparse)
+    return os.path.join("out", name + kind)
 
 
 def newest(folder):
@@ -49,11 +50,12 @@ def check_folder(flags):
                 raise ValueError(f"--out {flags.out} is the folder that --{flag} reads: give another --out")
     if flags.overwrite:
         return
-    if os.path.exists(os.path.join(flags.out, "results.json")):
-        raise ValueError(f"{flags.out} holds a finished run: give another --out, or --overwrite")
-    if newest(flags.out):
+    started, finished = newest(flags.out), os.path.exists(os.path.join(flags.out, "results.json"))
+    if started and not finished:
         raise ValueError(f"{flags.out} holds a run that is not finished: go on with --resume {flags.out}, "
                          "or give another --out, or --overwrite")
+    if started or finished and not (flags.dry_run or flags.benchmark):  # these two may be done again
+        raise ValueError(f"{flags.out} holds a finished run: give another --out, or --overwrite")
 
 
 def remove_old(folder):
@@ -72,20 +74,25 @@ FREE = {"out", "resume", "sitting", "overwrite", "control", "device", "fsdp", "r
         "eval_every"}
 
 
+def read_checkpoint(folder):
+    """What the newest checkpoint of the run in the folder holds, or None."""
+    path = newest(folder)
+    saved = path and fsdp.read(path)
+    if path and not (isinstance(saved, dict) and {"flags", "geco", "step"} <= saved.keys()):
+        raise ValueError(f"{path} is no checkpoint of a training run")
+    return saved
+
+
 def resume(given):
     """(flags, contents of the checkpoint) of the run in the folder given.resume, with its own flags.
 
     Those in FREE may be given anew, because they change rounding at most. Others: ValueError.
     """
-    folder = given.resume
-    path = newest(folder)
-    if path is None:
+    folder, saved = given.resume, read_checkpoint(given.resume)
+    if saved is None:
         raise ValueError(f"--resume {folder}: there is no last.pt in it to go on from")
-    saved = fsdp.read(path)
-    if not isinstance(saved, dict) or not {"flags", "geco", "step"} <= saved.keys():
-        raise ValueError(f"{path} is no checkpoint of a training run")
     if saved["flags"].keys() != asdict(given).keys():
-        raise ValueError(f"{path} was written by another version of train.py")
+        raise ValueError(f"{newest(folder)} was written by another version of train.py")
     for name in given.given - FREE:
         if getattr(given, name) != saved["flags"][name]:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)}: the run in {folder} has "
@@ -97,15 +104,14 @@ def resume(given):
 
 def is_same_base(flags):
     """Is the dense base in flags.out finished? ValueError if it is the base of other flags."""
-    path = newest(flags.out)
-    if path is None:
+    saved = read_checkpoint(flags.out)
+    if saved is None:
         return False
-    saved = fsdp.read(path)
     for name, value in asdict(flags).items():
         if name not in FREE and saved["flags"].get(name) != value:
             raise ValueError(f"{flags.out} holds a base that was trained with --{name.replace('_', '-')} "
                              f"{saved['flags'].get(name)}, not {value}: give another --out, or --overwrite")
-    return saved["step"] == flags.steps
+    return saved["step"] == flags.steps and os.path.exists(os.path.join(flags.out, "last.pt"))
 
 
 def read_control(folder, flags, ce_dense):
@@ -235,7 +241,7 @@ class Run:
         tokens = self.flags.steps * self.flags.batch_size * self.flags.accumulate * self.context
         return {"flags": asdict(self.flags), "context_length": self.context, "tokens": tokens,
                 "tokens_per_second": round(tokens / self.seconds),
-                "median_tokens_per_second": round(statistics.median(self.rates)),
+                "median_tokens_per_second": round(statistics.median(self.rates or [tokens / self.seconds])),
                 "training_seconds": round(self.seconds, 1), "peak_memory_gib": peak_memory(self.device)}
 
     @property
@@ -244,8 +250,9 @@ class Run:
 
     def leave(self, step):
         """The end of a sitting before the last step."""
-        print(f"saved step {step} of {self.flags.steps}; go on with: "
-              f"python train.py --resume {self.flags.out}")
+        base = self.flags.init == "scratch"  # its checkpoint alone does not know what comes after it
+        how = "the same command" if base else f"python train.py --resume {self.flags.out}"
+        print(f"saved step {step} of {self.flags.steps}; go on with: {how}")
         sys.exit(self.exit_code)
 
 

@@ -20,9 +20,10 @@ from plumbing.plan import KNOWN
 
 
 def read_model(name_or_path, adapter=None):
-    """(fields, weights) of all that Transformer.from_pretrained opens, with an adapter added.
+    """(fields, weights) of all that Transformer.from_pretrained opens.
 
-    Tensors have the file's dtype; most are mapped and not read yet. A bad file: ValueError.
+    adapter: a file of train.py --lora, which is added to the weights. Tensors have the file's
+    dtype; most are mapped and not read yet. A bad file: ValueError.
     """
     fields, weights = read_checkpoint(name_or_path)
     if fields.get("tied_head", True) and "wte.weight" in weights:
@@ -49,12 +50,12 @@ def read_checkpoint(name_or_path):
         fields = fields_from(path, settings)
         weights = weights_from(settings, hub.read_weights(path))
         if fields.get("tied_head", True) and not same_head(weights):
-            raise ValueError(f"{path} has an lm_head.weight of its own, but its config.json ties it")
+            raise ValueError(f"{path} has an lm_head.weight of its own, which config.json ties")
         return fields, weights
     content = hub.read_pickle(path)
     content = content if isinstance(content, dict) else {}
     fields, weights = content.get("config"), content.get("model", {})
-    if not isinstance(fields, dict) or "gate_bias" not in fields:  # nanoGPT's ckpt.pt has a config too
+    if not isinstance(fields, dict) or "gate_bias" not in fields:  # nanoGPT has a config too
         return from_nanogpt(path, weights or content)
     if unknown := fields.keys() - set(" ".join(FIELDS).split()):
         raise ValueError(f"{path} has the unknown setting {min(unknown)}: another version wrote it")
@@ -73,7 +74,7 @@ def checkpoint_in(path):
 
 
 def read_json(name):
-    """config.json of a Hugging Face folder, or of a repository of the hub."""
+    """config.json of a Hugging Face folder, or of a repository on the hub."""
     path = os.path.join(name, "config.json") if os.path.isdir(name) else hub.download(name, "config.json")
     try:
         with open(path) as f:
@@ -147,19 +148,19 @@ ARCHITECTURE = {"gpt2": dict(norm="layernorm", position="learned", mlp="gelu", c
                              attention_bias=True, mlp_bias=True),
                 "llama": dict(norm="rmsnorm", position="rope", mlp="swiglu", causal=True)}
 SETTINGS = {
-    "gpt2": dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head",
-                 n_embd="n_embd", n_inner="n_inner", norm_eps="layer_norm_epsilon",
-                 tied_head="tie_word_embeddings"),
+    "gpt2": dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer",
+                 n_head="n_head", n_embd="n_embd", n_inner="n_inner",
+                 norm_eps="layer_norm_epsilon", tied_head="tie_word_embeddings"),
     "llama": dict(block_size="max_position_embeddings", vocab_size="vocab_size",
                   n_layer="num_hidden_layers", n_head="num_attention_heads",
-                  n_kv_head="num_key_value_heads", n_embd="hidden_size", n_inner="intermediate_size",
-                  norm_eps="rms_norm_eps", tied_head="tie_word_embeddings", rope_theta="rope_theta",
-                  rope_scaling="rope_scaling", attention_bias="attention_bias", mlp_bias="mlp_bias")}
+                  n_kv_head="num_key_value_heads", n_embd="hidden_size",
+                  n_inner="intermediate_size", norm_eps="rms_norm_eps", tied_head="tie_word_embeddings",
+                  **{name: name for name in ("rope_theta", "rope_scaling", "attention_bias", "mlp_bias")})}
 ABSENT = {"gpt2": {},  # what a missing setting means, where that is not the default of Config
           "llama": dict(norm_eps=1e-6, tied_head=False, attention_bias=False, mlp_bias=False)}
 SUPPORTED = {  # the values that our model covers, first the one that a missing setting means
-    "gpt2": {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
-             "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
+    "gpt2": {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "add_cross_attention": (False,),
+             "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
     "llama": {"hidden_act": ("silu",), "pretraining_tp": (1,)}}
 TENSORS = {  # parts of their names
     "gpt2": {part: "transformer." + part for part in ("wte.", "wpe.", "h.", "ln_f.")},
@@ -277,7 +278,7 @@ def same_head(weights):
 def from_nanogpt(source, weights):
     """(fields, weights) of the paper authors' final.pth, a nanoGPT state dict: gates on, b = 0.
 
-    It holds no settings: sizes are read off the tensors, heads are 64 wide as in GPT-2.
+    It holds no settings: sizes are those of the tensors, heads are 64 wide as in GPT-2.
     """
     ours = {}
     for name, t in weights.items():
@@ -296,4 +297,4 @@ def from_nanogpt(source, weights):
               "mlp_bias": "h.0.mlp.c_fc.bias" in ours, "tied_head": same_head(ours),
               "sparse": True, "gate_bias": 0.0}
     norms = {name.removesuffix(".weight") for name in ours if re.search(r"\bln_\w+\.weight$", name)}
-    return fields, {f"{norm}.bias": torch.zeros(n_embd) for norm in norms} | ours  # trained without biases
+    return fields, {f"{norm}.bias": torch.zeros(n_embd) for norm in norms} | ours  # has none

@@ -1,16 +1,14 @@
 """The network: settings, shapes, taps, and gates that leave a dense model as it is."""
 
 import math
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from model import Config, Edges, Transformer, generate, rope_frequencies, rotate
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from model import Config, Edges, Flags, Transformer, generate, main, rope_frequencies, rotate
+from plumbing.flags import run
 
 GPT2 = dict(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
 LLAMA = GPT2 | dict(n_kv_head=2, norm="rmsnorm", position="rope", mlp="swiglu", attention_bias=False,
@@ -111,6 +109,30 @@ def test_what_a_tap_returns_is_used_and_the_skip_is_left_alone():
     assert not torch.allclose(logits, model(idx)[0])
 
 
+@pytest.mark.parametrize("settings", [GPT2, LLAMA | dict(sparse=True)])
+def test_taps_act_again_when_blocks_are_recomputed(settings):
+    """With activation checkpointing the backward pass runs each block again, with its own taps."""
+    def gradients(recompute):
+        model, idx = build(settings)
+        model.recompute = recompute
+        scale = {f"h{l}.{name}": 1.5 + l for l in range(2) for name in ("attn.q", "attn.v", "mlp.in")}
+        model(idx, idx, seed=1, tap=lambda name, t: t * scale.get(name, 1.0))[1].backward()
+        return [p.grad for p in model.parameters()]
+
+    assert all(torch.equal(one, two) for one, two in zip(gradients(False), gradients(True)))
+
+
+def test_one_compiled_block_serves_all_layers():
+    """Without a tap: nothing in a block's inputs depends on its layer."""
+    model, idx = build(GPT2, n_layer=6)
+    want, compiled = model(idx)[0], CompileCounter()
+    for block in model.h:
+        block.compile(backend=compiled)
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx)[0], want)
+    assert compiled.frame_count == 1
+
+
 def test_targets_of_minus_one_are_ignored():
     model, idx = build(GPT2)
     targets = idx.clone()
@@ -136,6 +158,10 @@ def test_rotation_depends_on_distance_only():
     "bad, message",
     [(dict(norm="batchnorm"), "norm must be one of"), (dict(n_embd=30), "must be a multiple"),
      (dict(n_kv_head=3), "must be a multiple"), (dict(mlp="relu"), "mlp must be one of"),
+     (dict(position="rope", n_head=32), "head size 1 must be even"),
+     (dict(n_layer=0), "n_layer must be a positive integer"), (dict(n_embd=32.0), "n_embd must be a positive"),
+     (dict(gate_bias=math.nan), "gate_bias must be a finite number"),
+     (dict(tied_head="yes"), "tied_head must be true or false"),
      (dict(position="rope", rope_scaling={"rope_type": "yarn"}), "'yarn' is not known")]
 )
 def test_bad_settings_are_one_clear_line(bad, message):
@@ -173,14 +199,21 @@ def test_generate_is_reproducible_and_greedy_is_the_argmax():
     assert padded[0, 5:].max() < 7
 
 
-def test_the_command_goes_on_with_a_text(tmp_path):
+def test_the_command_continues_a_text(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     path = str(tmp_path / "m.pt")
     Transformer(Config(**GPT2 | dict(vocab_size=257, sparse=True))).save_checkpoint(path)
-    how = dict(cwd=ROOT, capture_output=True, text=True)
+
+    def command(*more):
+        monkeypatch.setattr(sys, "argv", ["model.py", "--init", path, "--tokens", "5", "--prompt", *more])
+        run(main, Flags)
+        return capsys.readouterr().out
+
     for more, word in (([], "open attention edges: "), (["--no-sparse"], "every attention edge is open")):
-        command = [sys.executable, "model.py", "--init", path, "--prompt", "Hello", "--tokens", "5", *more]
-        run = subprocess.run(command, **how)
-        assert run.returncode == 0 and run.stdout.startswith("Hello") and word in run.stdout
-    bad = subprocess.run([*command, "--temperature", "-1"], **how)
-    assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
+        out = command("Hello", *more)
+        assert out.startswith("Hello") and word in out
+    for bad in (["Hello", "--temperature", "-1"], ["Hello", "--tokens", "0"], ["Hello", "--top-k", "0"], [""]):
+        with pytest.raises(SystemExit, match="2"):
+            command(*bad)
+        error = capsys.readouterr().err
+        assert error.startswith("error: --") and error.count("\n") == 1

@@ -19,7 +19,7 @@ LLAMA = GPT2 | dict(n_kv_head=2, norm="rmsnorm", position="rope", mlp="swiglu", 
 MEASURE = """
 import sys, torch
 from model import Config, Transformer
-from sparse import peak_memory
+from plumbing.runs import peak_memory
 torch.set_num_threads(1)
 model = Transformer(Config(**eval(sys.argv[1])))
 model.recompute = sys.argv[2] == "True"
@@ -28,7 +28,7 @@ model(idx[:1, :64], targets=idx[:1, :64], seed=0)[1].backward()  # gradients are
 before = peak_memory()
 logits, loss, edges = model(idx, targets=idx, seed=0)
 (loss + edges.prob.mean()).backward()
-print((peak_memory() - before) * 2**20)
+print((peak_memory() - before) * 2**30)
 """
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -147,7 +148,7 @@ def test_a_sharded_llama(dtype, tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     same_logits(Transformer.from_pretrained(str(tmp_path)), theirs, idx)
     shards[1].unlink()
-    with pytest.raises(ValueError, match=f"names the file {shards[1].name}, which is not beside it"):
+    with pytest.raises(ValueError, match=f"names the file {shards[1].name}, which is not beside"):
         Transformer.from_pretrained(str(tmp_path))
 
 
@@ -234,9 +235,36 @@ def test_checkpoints_come_back_whole(tmp_path):
     assert read.lm_head.weight is read.wte.weight
     dense = Transformer.from_pretrained(str(tmp_path / "x.pt"), sparse=False)
     assert dense(idx)[2] is None
-    os.rename(tmp_path / "x.pt", tmp_path / "best.pt")  # as in a folder that train.py wrote
-    assert torch.equal(Transformer.from_pretrained(str(tmp_path))(idx)[0], ours(idx)[0])
-    assert Config(**read_fields(str(tmp_path))) == ours.config
+
+
+def small(gate_bias):
+    torch.manual_seed(0)
+    return Transformer(Config(n_layer=1, n_head=1, n_embd=8, vocab_size=9, block_size=4, sparse=True,
+                              gate_bias=gate_bias))
+
+
+def test_a_folder_of_train_opens_by_its_best_state_or_else_its_last(tmp_path):
+    """A dense control has no best.pt: it is compared at its last step."""
+    for file, gate_bias in (("last.pt", 1.0), ("best.pt", 2.0)):
+        small(gate_bias).save_checkpoint(str(tmp_path / file), step=3)
+        assert Transformer.from_pretrained(str(tmp_path)).config == small(gate_bias).config
+        assert Config(**read_fields(str(tmp_path))) == small(gate_bias).config
+    (tmp_path / "best.pt").unlink()
+    small(3.0).save_pretrained(str(tmp_path))
+    assert Transformer.from_pretrained(str(tmp_path)).config.gate_bias == 3.0
+
+
+def test_a_nanogpt_checkpoint_is_no_checkpoint_of_ours(tmp_path):
+    """nanoGPT's ckpt.pt has a config and a model too, with other settings in it."""
+    ours = Transformer(Config(n_layer=2, n_head=2, n_embd=128, vocab_size=90, block_size=16, sparse=True))
+    content = {"model": nanogpt(ours), "config": {"n_layer": 2, "learning_rate": 6e-4}, "model_args": {}}
+    torch.save(content, tmp_path / "ckpt.pt")
+    idx = torch.randint(90, (2, 16))
+    assert torch.equal(Transformer.from_pretrained(str(tmp_path / "ckpt.pt"))(idx)[0], ours(idx)[0])
+
+
+def test_a_known_model_needs_no_download_for_its_fields():
+    assert Config(**read_fields("gpt2")) == Config()
 
 
 # -----------------------------------------------------------------------------
@@ -286,14 +314,35 @@ def test_wrong_names_and_files_are_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match="no file or folder here and no hub name"):
         Transformer.from_pretrained("gpt5")
     path = tmp_path / "broken.pt"
-    Transformer(Config(n_layer=1, n_head=1, n_embd=8, vocab_size=9, block_size=4)).save_checkpoint(str(path))
+    small(0.0).save_checkpoint(str(path))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="can not be read"):
         Transformer.from_pretrained(str(path))
-    torch.save({"a": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="neither this project's checkpoint nor a nanoGPT"):
-        Transformer.from_pretrained(str(path))
+    for content in ({"a": torch.zeros(2)}, [1], {"model": {}, "config": None}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="neither this project's checkpoint nor a nanoGPT"):
+            Transformer.from_pretrained(str(path))
+    fields, weights = asdict(small(0.0).config), small(0.0).state_dict()
+    for content, message in (({"config": fields | {"dropout": 0.1}}, "unknown setting dropout"),
+                             ({"config": fields | {"gate_bias": None}}, "gate_bias must be a finite"),
+                             ({"model": {"h.0.attn.c_attn.lora_a": torch.zeros(2)}}, "without their base"),
+                             ({"model": {"wte.weight": torch.zeros(9, 8)}}, "lacks tensor h.0.attn.c_a")):
+        torch.save({"config": fields, "model": weights} | content, path)
+        with pytest.raises(ValueError, match=message) as error:
+            Transformer.from_pretrained(str(path))
+        assert "\n" not in str(error.value)
+
+
+def test_load_weights_takes_all_tensors_or_says_which_does_not_fit():
+    model, weights = small(0.0), small(0.0).state_dict()
+    for change, message in (({"ln_f.bias": torch.zeros(3)}, r"ln_f.bias has shape \(3,\)"),
+                            ({"extra": torch.zeros(3)}, "unknown tensor extra")):
+        with pytest.raises(ValueError, match=message):
+            model.load_weights(weights | change)
+    half = {name: t.to(torch.bfloat16) for name, t in weights.items()}
+    assert model.load_weights(half) is model and model.lm_head.weight is model.wte.weight
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_other_architectures_have_no_hugging_face_layout(tmp_path):
