@@ -60,6 +60,7 @@ class Flags:
 
 # 1,000 of the problems, always the same, are kept from training and from the choice of a state
 HELD_OUT = torch.randperm(10000, generator=torch.Generator().manual_seed(2025)).argsort() < 1000
+BATCH = 128  # problems a step of training
 
 
 @dataclass
@@ -90,8 +91,6 @@ def evaluate(model, idx, targets):
 
 # -----------------------------------------------------------------------------
 # dense training
-
-BATCH = 128  # problems a step
 
 
 def batch(step, seed, n):
@@ -127,7 +126,7 @@ def train_dense(flags, seed, idx, targets, bar):
     for step in range(flags.dense_steps):
         rows = batch(step, seed, len(idx))
         _, ce, _ = model(idx[rows], targets[rows])
-        descend(optimizer, ce, step, flags.dense_steps, 3e-3)
+        descend(optimizer, ce, step, flags.dense_steps, lr=3e-3)
         bar.update()
     return model
 
@@ -159,7 +158,7 @@ def train_sparse(flags, seed, dense, tau, idx, targets, bar):
         rows = batch(flags.dense_steps + step, seed, len(idx))
         gate_seeds = fold_in(fold_in(seed, step), torch.arange(BATCH))
         _, ce, edges = model(idx[rows], targets[rows], seed=gate_seeds)
-        descend(optimizer, geco.loss(edges.prob.mean(), ce), step, flags.steps, 1e-3)
+        descend(optimizer, geco.loss(edges.prob.mean(), ce), step, flags.steps, lr=1e-3)
         geco.update(ce.item())
         bar.update()
         if (step + 1) % 100 == 0 or step + 1 == flags.steps:
@@ -237,7 +236,7 @@ def run_seed(flags, seed, log):
         tries.append((edges, tau, trace, {"dense": dense, "sparse": sparse}))
     _, tau, trace, models = min(tries, key=lambda t: t[0])
     evaluations = {name: evaluate(model, idx, targets) for name, model in models.items()}
-    dense, sparse = evaluations["dense"], evaluations["sparse"]
+    dense, sparse = evaluations.values()
     return models, evaluations, trace, {
         "seed": seed, "exact": sparse.exact, "mean_open_edges": sparse.open_edges, "ce": sparse.ce,
         "exact_heldout": evaluate(models["sparse"], *held_out).exact, "dense_exact": dense.exact,

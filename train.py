@@ -195,9 +195,9 @@ def train(flags, saved=None):
         raise ValueError(f"--context {context}: the model takes 1 to {config.block_size} tokens")
     tokenizer = tokens.name_for(config.vocab_size, flags.tokenizer, flags.init)
     per_step = flags.batch_size * flags.accumulate * context
-    source = flags.data or ("fineweb" if tokenizer == "gpt2" else "python-docs")
-    data = fsdp.first_on_each_machine(
-        lambda: tokens.load_data(source, tokenizer, flags.steps * per_step))
+    english = tokens.tokenizer(tokenizer).name == "gpt2"  # fineweb holds tokens of that one alone
+    source = flags.data or ("fineweb" if english else "python-docs")
+    data = fsdp.first_on_each_machine(lambda: tokens.load_data(source, tokenizer, flags.steps * per_step))
     order = fold_in(flags.seed, flags.init == "scratch").item()  # the base does not begin with the same
     blocks, held_out = (tokens.Blocks(data[split], context, order) for split in ("train", "val"))
     fixed = {split: tokens.fixed_blocks(data[split], context, EVAL_SEQUENCES) for split in ("val", "test")}

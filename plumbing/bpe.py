@@ -1,10 +1,10 @@
 """
 A Hugging Face tokenizer.json (byte-level BPE: GPT-2, SmolLM2, LLaMA-3) by tiktoken, with equal ids.
 
-Both cut a text into pieces by a regex, then merge the bytes of each piece: `tokenizers` the pairs of
-a list, in its order, tiktoken any two neighbours that make a token, lowest id first. A file where
-that differs is refused. What remains: letters and digits newer than Unicode 16 may be cut in another
-way, and a million spaces in a row are too many for tiktoken's regex.
+Both cut a text into pieces by a regex, then merge the bytes of each piece. `tokenizers` merges the
+pairs of a list, in its order; tiktoken any two neighbours that make a token, lowest id first. A file
+where that differs is refused. What remains: letters and digits newer than Unicode 16 may be cut in
+another way, and a million spaces in a row are too many for tiktoken's regex.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import regex  # a dependency of tiktoken
 import tiktoken
 
 EOT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # the usual names; the first that there is
+GPT2_VOCABULARY = "0e95d799649ea6a89fdaebc83cf93a3166764ca6268067780e6f07cbcab4a8e9"  # its sha256, see `read`
 
 
 class Unsupported(ValueError):
@@ -62,11 +63,15 @@ def to_bytes(token):
 
 
 def last_parts(token, ranks):
-    """What tiktoken makes of a token's bytes before it makes the token: merges of lower ranks."""
-    parts, own = [token[i : i + 1] for i in range(len(token))], ranks[token]
+    """The two parts of which tiktoken makes a token at last, as (b"t", b"he") of b"the".
+
+    This is tiktoken's loop on the token's own bytes: merge the neighbours of the lowest rank, until no
+    merge has a lower rank than the token. More than two parts: tiktoken never makes this token.
+    """
+    parts, rank = [token[i : i + 1] for i in range(len(token))], ranks[token]
     while len(parts) > 2:
-        made = [ranks.get(a + b, own) for a, b in zip(parts, parts[1:])]
-        if min(made) >= own:
+        made = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+        if min(made) >= rank:
             break
         i = made.index(min(made))  # the leftmost
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
@@ -76,9 +81,9 @@ def last_parts(token, ranks):
 def check_merges(ranks, merges, ignore_merges):
     """Raises Unsupported unless merging by rank does the same as merging by the list.
 
-    When tiktoken merges two parts to a token, nothing before was merged across the token's ends, so
-    what lies between them was merged as if it were alone: the two are its last_parts. It is enough
-    that this pair is in the list, and that the list goes by the ids of what it makes.
+    The list must go by the ranks of what it makes, and hold every pair that tiktoken merges. Before it
+    merges two parts to a token, nothing was merged across the token's ends, so the bytes between them
+    were merged as if alone: the two are the token's last_parts. Only that pair is looked up.
     """
     made = [ranks.get(a + b) if a in ranks and b in ranks else None for a, b in merges]
     if None in made:
@@ -100,8 +105,9 @@ def check_merges(ranks, merges, ignore_merges):
 class BPE:
     """The tokenizer of a tokenizer.json, or of a folder that holds one.
 
-    special: {name: id}. bos: the id in front of every text, or None; encode leaves it out. Special
-    tokens in a text are text, and the file's truncation and padding are not applied.
+    name: "gpt2" for GPT-2's, else "bpe-" and a hash of the file. special: {name: id}. bos: the id in
+    front of every text, or None; encode leaves it out. Special tokens in a text are text, and the
+    file's truncation and padding are not applied.
     """
 
     def __init__(self, path):
@@ -121,8 +127,7 @@ class BPE:
         model, added = file["model"], file["added_tokens"]
         if model.get("type", "BPE") != "BPE":
             raise Unsupported(f"a model of type {model['type']}")
-        for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
-                    "byte_fallback"):
+        for key in "dropout unk_token continuing_subword_prefix end_of_word_suffix byte_fallback".split():
             if model.get(key):
                 raise Unsupported(f"a model with {key} {model[key]!r}")
         if file["normalizer"]:
@@ -139,7 +144,7 @@ class BPE:
 
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         ignore_merges, made = model.get("ignore_merges", False), {a + b for a, b in merges}
-        # special tokens may stand in the vocabulary, where no merge leads to them
+        # a special token may be in the vocabulary too, where no merge leads to it
         ranks = {to_bytes(token): i for token, i in model["vocab"].items()
                  if token not in self.special or token in made or token in BYTE or ignore_merges}
         check_merges(ranks, [(to_bytes(a), to_bytes(b)) for a, b in merges], ignore_merges)
@@ -151,6 +156,9 @@ class BPE:
         ranks |= {bytes([b]): self.vocab_size + i for i, b in enumerate(self.missing)}
         if len(set(ranks.values())) < len(ranks):
             raise Unsupported("two tokens of the same id")
+        table = json.dumps([sorted((i, token.hex()) for token, i in ranks.items()), self.special])
+        if self.pattern == GPT2 and hashlib.sha256(table.encode()).hexdigest() == GPT2_VOCABULARY:
+            self.name = "gpt2"  # the name that its token files carry
         self.bpe = tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=ranks,
                                      special_tokens=self.special)
 
@@ -170,11 +178,9 @@ class BPE:
         if max(ids, default=0) < self.vocab_size:
             return ids
         # within a piece, what stands on both sides of a dropped byte may merge
-        ids = []
-        for piece in regex.findall(self.pattern, text):
-            if kept := piece.encode("utf-8", "replace").translate(None, self.missing):
-                ids += self.bpe._encode_single_piece(kept)
-        return ids
+        pieces = (piece.encode("utf-8", "replace").translate(None, self.missing)
+                  for piece in regex.findall(self.pattern, text))
+        return [i for piece in pieces if piece for i in self.bpe._encode_single_piece(piece)]
 
     def decode(self, ids):
         return self.bpe.decode([int(i) for i in ids])

@@ -11,7 +11,6 @@ import shutil
 import signal
 import statistics
 import sys
-import tempfile
 import time
 import zlib
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from plumbing import fsdp, lora
-from plumbing.flags import Log, open_folder, pick_device, write_results
+from plumbing.flags import Log, pick_device, write_results
 from plumbing.hub import read_pickle, read_safetensors, write_pickle
 
 # -----------------------------------------------------------------------------
@@ -264,18 +263,17 @@ def size_of(model):
 
 def benchmark(flags, train):
     """Median tokens/s of dense and of sparse steps, by short runs of `train` in turn, and their ratio."""
-    started, rates = time.time(), {"dense": [], "sparse": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for n in range(3):
-            for kind in rates:
-                out = os.path.join(folder, f"{kind}{n}")
-                short = replace(flags, sparse=kind == "sparse", steps=flags.benchmark, out=out)
-                rates[kind].append(train(short)["median_tokens_per_second"])
+    started, rates, out = time.time(), {"dense": [], "sparse": []}, os.path.join(flags.out, "steps")
+    for kind in ("dense", "sparse") * 3:
+        short = replace(flags, sparse=kind == "sparse", steps=flags.benchmark, out=out)
+        rates[kind].append(train(short)["median_tokens_per_second"])
     median = {kind: statistics.median(rate) for kind, rate in rates.items()}
     ratio = median["sparse"] / median["dense"]
     print(f"tokens/s: dense {median['dense']:,.0f}, sparse {median['sparse']:,.0f}, ratio {ratio:.2f}")
+    fsdp.wait()
     if fsdp.rank() == 0:
-        print("wrote", write_results(open_folder(flags.out), started, pick_device(flags.device),
+        shutil.rmtree(out)
+        print("wrote", write_results(flags.out, started, pick_device(flags.device),
                                      flags=asdict(flags), tokens_per_second=median, sparse_over_dense=ratio))
 
 

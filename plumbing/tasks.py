@@ -11,8 +11,7 @@ greater-than   The war lasted from the year 1737 to the year 17 -> 38 or more; o
 induction      random tokens, then the same again -> the token that came next the first time
 addition       36+28=????? -> 00064, the problems that addition_toy.py learns
 
-Every prompt is checked with the tokenizer it is made for. Prompts come from a random generator;
-those of the length that is the first to have n of them are kept.
+Prompts are drawn at random and checked with their tokenizer, until n of them have the same length.
 """
 
 import random
@@ -21,8 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-
-ALL = slice(None)
 
 
 @dataclass
@@ -34,7 +31,7 @@ class Task:
     correct: Callable  # (logits, rows) -> bool (n,): is the model right? meant for clean prompts
     floor: float  # the task makes sense for models that are right on this share of the prompts
     units: str  # label of the metric's axis
-    made: int  # how many different prompts were made until N of one length were there
+    made: int  # how many were drawn, repeats left out, until N had the same length
     about: str  # what is corrupted, what the metric is
 
 
@@ -78,22 +75,21 @@ def single(tok, texts):
 def collect(what, n, draw):
     """n different prompts of one length: clean, corrupt and the other values as tensors; made.
 
-    draw() -> (clean ids, corrupt ids, values...), or None for a prompt whose tokens are not as
-    they should be. Gives up after 10,000 draws in a row that brought nothing new.
+    draw() -> (clean ids, corrupt ids, values...), or None if the tokens are not as they should be.
+    Gives up after 10,000 draws in a row that brought nothing new.
     """
-    groups, made, idle = defaultdict(dict), 0, 0
+    by_length, made, idle = defaultdict(dict), 0, 0
     while idle < 10_000:
-        row, idle = draw(), idle + 1
-        good = row is not None and len(row[0]) == len(row[1])
-        group = groups[len(row[0])] if good else {}
-        if good and tuple(row[0]) in group:
+        prompt, idle = draw(), idle + 1
+        if prompt is None or len(prompt[0]) != len(prompt[1]):
+            made += 1
             continue
-        made += 1
-        if good:
-            group[tuple(row[0])], idle = row, 0
-            if len(group) == n:
-                return [torch.tensor(column) for column in zip(*group.values())], made
-    most = max(map(len, groups.values()), default=0)
+        clean, group = tuple(prompt[0]), by_length[len(prompt[0])]
+        if clean not in group:
+            group[clean], made, idle = prompt, made + 1, 0
+        if len(group) == n:
+            return [torch.tensor(column) for column in zip(*group.values())], made
+    most = max(map(len, by_length.values()), default=0)
     raise ValueError(f"{what} has only about {most} different prompts of one length with this "
                      f"tokenizer, not {n}")
 
@@ -101,20 +97,20 @@ def collect(what, n, draw):
 def scored(score, places, *values):
     """The function (logits, rows) -> score(logits at those places, the values of those rows)."""
 
-    def function(logits, rows=ALL):
+    def function(logits, rows=slice(None)):
         rows = rows.cpu() if torch.is_tensor(rows) else rows
         picked = [v[rows].to(logits.device) for v in values]
         if len(picked[0]) != len(logits):
             raise ValueError(f"logits of {len(logits)} prompts, but {len(picked[0])} rows: give the "
                              "rows that the logits are of")
-        read = logits[:, places]
-        return score(read.to(torch.promote_types(read.dtype, torch.float32)), *picked)
+        logits = logits[:, places]
+        return score(logits.to(torch.promote_types(logits.dtype, torch.float32)), *picked)
 
     return function
 
 
 def exceeds(function, least):
-    return lambda logits, rows=ALL: function(logits, rows) > least
+    return lambda logits, rows=slice(None): function(logits, rows) > least
 
 
 def above_the_rest(choices):
@@ -162,7 +158,7 @@ def ioi(tok, n, draws, corrupt):
     names = {name[1:]: i for i, name in single(tok, [" " + name for name in PEOPLE]).items()}
     if len(names) < 5:
         raise ValueError(f"ioi needs 5 names of one token each, the tokenizer {tok.name} has "
-                         f"{len(names)}: take the task induction, which works with any tokenizer")
+                         f"{len(names)}; the task induction works with any tokenizer")
 
     def draw():
         io, s, *fresh = draws.sample(list(names), 5)
@@ -172,10 +168,10 @@ def ioi(tok, n, draws, corrupt):
         others = fresh if corrupt == "abc" else [a, b, io]
         clean, other = (begin(tok) + encode(tok, template.format(a=a, b=b, s=s, **words))
                         for a, b, s in ([a, b, s], others))
-        # the tokens that changed are the names and nothing else
-        changed = [(i, j) for i, j in zip(clean, other) if i != j]
-        wanted = [(names[x], names[y]) for x, y in zip([a, b, s], others) if x != y]
-        return (clean, other, names[io], names[s]) if changed == wanted else None
+        # the names must differ and no other token
+        differ = [(i, j) for i, j in zip(clean, other) if i != j]
+        replaced = [(names[x], names[y]) for x, y in zip([a, b, s], others) if x != y]
+        return (clean, other, names[io], names[s]) if differ == replaced else None
 
     (clean, other, io, s), made = collect("ioi", n, draw)
 
@@ -200,14 +196,14 @@ CENTURIES = range(11, 19)
 
 
 def greater_than(tok, n, draws, corrupt):
-    def pieces(year):
-        """The ids that stand for the last two digits of a year: one, or one a digit."""
+    def ids_of(year):
+        """The ids of the last two digits of a year: one, or one a digit."""
         return [i for part in ([year] if whole else year) for i in encode(tok, part)]
 
     for whole in (True, False):
         choices = [f"{y:02}" for y in range(100)] if whole else list("0123456789")
         table = single(tok, choices)
-        if len(table) == len(choices) and encode(tok, " 1737") == encode(tok, " 17") + pieces("37"):
+        if len(table) == len(choices) and encode(tok, " 1737") == encode(tok, " 17") + ids_of("37"):
             break
     else:
         raise ValueError(f"the tokenizer {tok.name} cuts the year 1737 neither into 17 and 37 nor "
@@ -219,7 +215,7 @@ def greater_than(tok, n, draws, corrupt):
         start, end = f"The {noun} lasted from the year {century}", f" to the year {century}"
         clean, other = (encode(tok, start + y + end) for y in (year, "01"))
         before, behind = encode(tok, start), encode(tok, end)
-        if clean != before + pieces(year) + behind or other != before + pieces("01") + behind:
+        if clean != before + ids_of(year) + behind or other != before + ids_of("01") + behind:
             return None  # as for 1100, which may be a single token
         return begin(tok) + clean, begin(tok) + other, int(year) if whole else int(year[0])
 
@@ -281,7 +277,7 @@ ANSWER = range(6, 11)  # positions of the five answer digits; the last three are
 
 
 class Digits:
-    """The tokenizer of the problems: a character is a token."""
+    """Their tokenizer: a character is a token."""
 
     name, vocab_size, bos = "addition", len(CHARACTERS), None
 
@@ -294,8 +290,7 @@ class Digits:
 
 def problems():
     """idx (10000, 11) int64 and targets (10000, 11), -1 outside the answer; problem 100 x + y."""
-    encode = Digits().encode
-    pairs = [(x, y) for x in range(100) for y in range(100)]
+    encode, pairs = Digits().encode, [(x, y) for x in range(100) for y in range(100)]
     idx = torch.tensor([encode(f"{x:02}+{y:02}=?????") for x, y in pairs])
     targets = torch.tensor([[-1] * 6 + encode(f"{x + y:05}") for x, y in pairs])
     return idx, targets
@@ -311,16 +306,13 @@ def addition(tok, n, draws, corrupt):
         place = 10 ** draws.randrange(4)
         digit = problem // place % 10
         other.append(problem + place * (draws.choice([d for d in range(10) if d != digit]) - digit))
-    places = slice(ANSWER.start, ANSWER.stop)
-    answers = targets[clean, places]
-    return Task("addition", idx[clean], idx[other], scored(above_the_rest(10), places, answers),
-                exceeds(scored(share_right, places, answers), 0.99), 0.9,  # all five
+    answers = targets[clean][:, ANSWER]
+    return Task("addition", idx[clean], idx[other], scored(above_the_rest(10), ANSWER, answers),
+                exceeds(scored(share_right, ANSWER, answers), 0.99), 0.9,  # all five
                 "logit above the mean of the other digits", n,
                 "corrupt: one digit of an addend is another; metric: logit of the right digit minus "
                 "the mean of the other nine, mean of the five answer places")
 
-
-# -----------------------------------------------------------------------------
 
 GENERATORS = {"ioi": ioi, "greater-than": greater_than, "induction": induction, "addition": addition}
 NAMES = tuple(GENERATORS)

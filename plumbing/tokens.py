@@ -1,19 +1,17 @@
 """
 From text to batches: tokenizers, memory-mapped token files, and the order of the training blocks.
 
-    python -m plumbing.tokens prepare FILES_OR_FOLDERS... --tokenizer gpt2 --out data/NAME
-
-turns .txt files, and folders of them, into data/NAME/{train,val,test}.bin. A line that holds only
-<|endoftext|>, or the end of a file, ends a document. Of the documents 0, 1, 2, ... (files in the
-order given, folders sorted) 0, 20, 40, ... are held out for validation (tau, which checkpoint) and
-10, 30, 50, ... for test (reported numbers). Fewer than 20 documents are cut first, at blank lines,
-into pieces of about 20 kB or a 40th of the text, and each piece counts as a document.
+`prepare` turns .txt files, and folders of them, into {train,val,test}.bin in a folder. A line that
+holds only <|endoftext|>, or the end of a file, ends a document. Of the documents 0, 1, 2, ... (files
+in the order given, folders sorted) 0, 20, 40, ... are held out for validation (lambda, and which
+state to keep) and 10, 30, 50, ... for test (reported numbers). Fewer than 20 documents are cut first,
+at blank lines, into pieces of about 20 kB or a 40th of the text; each counts as a document.
 """
 
-import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import struct
 import sys
@@ -86,17 +84,18 @@ def tokenizer(name):
 
 
 def name_for(vocab_size, name=None, model=None):
-    """What `tokenizer` takes for a model of that many tokens: `name` if given, else by its size.
+    """What `tokenizer` takes for a model of that many tokens.
 
-    Else its own: the tokenizer.json in or beside `model`, a hub name, folder or checkpoint.
+    It is `name` if given, else the tokenizer.json in or beside `model` (a hub name, a folder or a
+    checkpoint; None or "scratch" for no model), else the usual one of that size.
     """
-    name = name or {257: "bytes", 50257: "gpt2", 50304: "gpt2"}.get(vocab_size)
-    if name is None and model:
+    if name is None and model not in (None, "scratch"):
         path = hub.fetch_model(model)
-        own = os.path.join(os.path.dirname(path) if os.path.isfile(path) else path, "tokenizer.json")
+        own = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "tokenizer.json")
         name = own if os.path.exists(own) else None
+    name = name or {257: "bytes", 50257: "gpt2", 50304: "gpt2"}.get(vocab_size)
     if name is None:
-        raise ValueError(f"the model has {vocab_size} tokens and no tokenizer.json: say of which "
+        raise ValueError(f"the model has {vocab_size} tokens and no tokenizer.json: give its "
                          "--tokenizer")
     if tokenizer(name).vocab_size > vocab_size:
         raise ValueError(f"--tokenizer {name} has more tokens than the model's {vocab_size}")
@@ -164,35 +163,46 @@ def text_files(paths):
     for path in paths:
         below = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path)
                        for name in names if name.endswith(".txt"))
-        if not os.path.exists(path):
-            raise ValueError(f"there is no file or folder {path!r}")
         if not below and not (os.path.isfile(path) and path.endswith(".txt")):
-            raise ValueError(f"{path!r} is neither a .txt file nor a folder with .txt files, nor a "
+            raise ValueError(f"there is no .txt file or folder with .txt files {path!r}, nor is it a "
                              "folder prepared to the end (one that holds a meta.json)")
         files += below or [path]
     # a file that came twice would be in the training and in the held-out documents
     return list(dict.fromkeys(map(os.path.realpath, files)))
 
 
+def lines(file, size):
+    """The lines of a file, and None where a document ends; a line longer than `size` in parts."""
+    with open(file, encoding="utf-8-sig", errors="replace") as f:
+        whole = True  # the line before this one came to its end
+        while line := f.readline(size):
+            yield None if whole and line.strip() == SEPARATOR else line
+            whole = line.endswith("\n")
+    yield None
+
+
 def pieces(files, size, cut):
     """Yields (file, text, last): the documents, in pieces of `size` characters, none of them blank.
 
-    A piece ends behind the first blank line after `size`, or the first line after twice that, but a
-    line longer than `size` anywhere. The newline at a document's end is not part of it. last: the
-    document ends here, as it does after every piece with `cut`.
+    A piece ends behind the first blank line after `size`, or the first line after twice that. The
+    newline at a document's end is not part of it. last: the document ends with this piece; with
+    `cut` every piece counts as a document.
     """
     for file in files:
-        with open(file, encoding="utf-8-sig", errors="replace") as f:
-            text, begun, line = "", False, "\n"
-            while line:
-                fresh, line = line.endswith("\n"), f.readline(size)
-                end = not line or fresh and line.strip() == SEPARATOR
-                text = text.removesuffix("\n") if end else text + line
-                if end or len(text) >= (size if line.isspace() else 2 * size):
-                    if begun or text.strip():
-                        yield file, text, end or cut
-                        begun = not (end or cut)
-                    text = ""
+        text, begun = "", False  # begun: a piece of this document was yielded before
+        for line in lines(file, size):
+            if line is None:
+                text = text.removesuffix("\n")
+                if begun or text.strip():
+                    yield file, text, True
+                text, begun = "", False
+                continue
+            text += line
+            if len(text) >= (size if line.isspace() else 2 * size):
+                if begun or text.strip():
+                    yield file, text, cut
+                    begun = not cut
+                text = ""
 
 
 def piece_size(files):
@@ -286,23 +296,20 @@ def python_docs():
     return (topics[name] for name in sorted(topics))
 
 
-def fineweb(shards=1):
-    """Paths of a validation and `shards` training files of web text, 100M gpt2 tokens each."""
-    from plumbing.hub import download
-
-    if not 1 <= shards <= 103:
-        raise ValueError(f"fineweb has 1 to 103 training shards, not {shards}")
-    names = ["val_000000", *(f"train_{i:06}" for i in range(1, shards + 1))]
-    return [download("kjj0/fineweb10B-gpt2", f"fineweb_{n}.bin", kind="dataset") for n in names]
+def fineweb(n_tokens):
+    """Paths of a validation file and of enough training files, web text, 100M gpt2 tokens each."""
+    files = min(max(1, math.ceil((n_tokens or 0) / 1e8)), 103)  # there are no more
+    names = ["val_000000", *(f"train_{i:06}" for i in range(1, files + 1))]
+    return [hub.download("kjj0/fineweb10B-gpt2", f"fineweb_{n}.bin", kind="dataset") for n in names]
 
 
-def load_data(data, tokenizer_name, shards=1):
+def load_data(data, tokenizer_name, n_tokens=None):
     """{"train": [tokens, ...], "val": tokens, "test": tokens, "tokenizer": name}, tokens 1-D.
 
-    data: "fineweb" (its validation shard is halved into val and test), "python-docs" (in memory),
-    a prepared folder, or .txt files and folders with commas between, prepared in a folder of data/
-    that is named after the first. Missing or damaged files, tokens of another tokenizer, shards
-    that do not exist: ValueError or OSError.
+    data: "fineweb" (as much of it as `n_tokens` of training need; its validation file is halved into
+    val and test), "python-docs" (in memory), a prepared folder, or .txt files and folders with
+    commas between, prepared in a folder of data/ that is named after the first. Missing or damaged
+    files, tokens of another tokenizer: ValueError or OSError.
     """
     tok = tokenizer(tokenizer_name)
     if data == "python-docs":
@@ -314,45 +321,19 @@ def load_data(data, tokenizer_name, shards=1):
         if tok.name != "gpt2":
             raise ValueError(f"fineweb holds tokens of 'gpt2', not of {tok.name!r}: give .txt files "
                              "to --data")
-        val, *train = (open_tokens(path, "gpt2")[0] for path in fineweb(shards))
+        val, *train = (open_tokens(path, "gpt2")[0] for path in fineweb(n_tokens))
         val, test = val[: len(val) // 2], val[len(val) // 2 :]
     else:
         if not os.path.exists(os.path.join(data, "meta.json")):
-            sources = [data] if os.path.exists(data) else data.split(",")
-            name = os.path.splitext(os.path.basename(os.path.realpath(sources[0])))[0]
-            data = os.path.join("data", f"{name}-{tok.name}")
-            prepare(sources, data, tokenizer_name)
+            files = [data] if os.path.exists(data) else data.split(",")
+            name = os.path.splitext(os.path.basename(os.path.realpath(files[0])))[0]
+            data = prepare(files, os.path.join("data", f"{name}-{tok.name}"), tokenizer_name)
         *train, val, test = (open_tokens(path, tok.name)[0] for path in split_paths(data))
     return {"train": train, "val": val, "test": test, "tokenizer": tok.name}
 
 
 # -----------------------------------------------------------------------------
-# batches: every block once an epoch, in an order that needs no table and one integer of state
-
-
-def mix(x):
-    """splitmix64: scrambles a uint64 array."""
-    x = x + 0x9E3779B97F4A7C15
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9
-    x = (x ^ x >> 27) * 0x94D049BB133111EB
-    return x ^ x >> 31
-
-
-def permute(x, n, key):
-    """Where the positions x go in the order `key` of n items; uint64 arrays, x < n, in and out.
-
-    Four rounds of a Feistel network permute [0, 4^half); whoever lands at n or above goes on until
-    it is below, which leaves a permutation of [0, n).
-    """
-    half = max(1, (int(n - 1).bit_length() + 1) // 2)
-    x, mask, outside = x.copy(), 2**half - 1, np.ones(len(x), bool)
-    while outside.any():
-        left, right = x[outside] >> half, x[outside] & mask
-        for r in range(4):
-            left, right = right, left ^ mix(mix(key[outside] + r) ^ right) & mask
-        x[outside] = left << half | right
-        outside = x >= n
-    return x
+# batches: every block once an epoch, and one integer of state
 
 
 class Blocks:
@@ -365,13 +346,21 @@ class Blocks:
 
     def __init__(self, tokens, block_size, seed=0):
         self.tokens = tokens if isinstance(tokens, list) else [tokens]
-        self.block_size, self.seed = block_size, seed
+        self.block_size, self.seed, self.epoch = block_size, seed % 2**64, None
         self.ends = np.cumsum([max(0, len(t) - 1) // block_size for t in self.tokens])
         self.n_blocks = int(self.ends[-1])
         if not self.n_blocks:
-            held = max(map(len, self.tokens))
-            raise ValueError(f"{held} tokens are too few for a block of {block_size} + 1: "
+            most = max(map(len, self.tokens))
+            raise ValueError(f"{most} tokens are too few for a block of {block_size} + 1: "
                              "give more text, or a smaller block size")
+
+    def order(self, epoch):
+        """All the blocks, shuffled; the order of the epoch asked for last is kept."""
+        if epoch != self.epoch:
+            # a spawn key, because the pairs (2^32, 0) and (0, 1) would be the same seed of numpy
+            generator = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
+            self.epoch, self.shuffled = epoch, generator.permutation(self.n_blocks)
+        return self.shuffled
 
     def batch(self, start, n):
         """idx, targets of the blocks number start ... start + n - 1: int64 (n, block_size), CPU.
@@ -379,9 +368,8 @@ class Blocks:
         Rank r of w ranks that consume n blocks each calls batch(start + r * n, n), and then adds
         w * n to start.
         """
-        epoch, x = np.divmod(np.arange(start, start + n, dtype=np.uint64), self.n_blocks)
-        key = mix(mix(np.array([self.seed % 2**64], np.uint64)) + epoch)
-        return self.read(permute(x, self.n_blocks, key))
+        numbers = (divmod(i, self.n_blocks) for i in range(start, start + n))
+        return self.read([self.order(epoch)[place] for epoch, place in numbers])
 
     def read(self, blocks):
         """idx, targets of blocks in the order of the data."""
@@ -402,28 +390,3 @@ def fixed_blocks(tokens, block_size, count):
     blocks = Blocks(tokens, block_size)
     count = min(count, blocks.n_blocks)
     return blocks.read(np.arange(count) * blocks.n_blocks // count)
-
-
-# -----------------------------------------------------------------------------
-# the command line
-
-
-def main():
-    parser = flags.Parser("python -m plumbing.tokens", description=__doc__, allow_abbrev=False,
-                          formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["prepare"])
-    parser.add_argument("sources", metavar="FILE_OR_FOLDER", nargs="+", help=".txt files, folders")
-    parser.add_argument("--tokenizer", default="gpt2", help=f"{', '.join(TOKENIZERS)} or a tokenizer.json [gpt2]")
-    parser.add_argument("--out", required=True, help="folder to write, for example data/NAME")
-    try:
-        args = parser.parse_args()
-        prepare(args.sources, args.out, args.tokenizer)
-    except (ValueError, OSError) as error:  # as flags.run, which knows no positional arguments
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,7 @@
 """The toy: its data, what it reads off the gates, and a short run that learns."""
 
+import contextlib
+import io
 import json
 import os
 
@@ -8,7 +10,7 @@ import torch
 
 import addition_toy as toy
 from model import Config, Transformer
-from plumbing.flags import Log, parse, run
+from plumbing.flags import parse, run
 from plumbing.tasks import Digits
 
 TINY = dict(block_size=11, vocab_size=13, n_layer=2, n_head=2, n_embd=16, causal=False, init_std=0.5)
@@ -39,28 +41,6 @@ def test_batches_are_a_function_of_seed_and_step():
     assert not torch.equal(toy.batch(4, 0, 9000), toy.batch(4, 1, 9000))
     drawn = torch.cat([toy.batch(step, 3, 9000) for step in range(400)])
     assert drawn.min() >= 0 and drawn.max() < 9000 and len(drawn.unique()) > 8900
-
-
-def test_the_held_out_thousand_never_change_and_are_never_trained_on(monkeypatch, tmp_path):
-    assert toy.HELD_OUT.sum() == 1000
-    assert toy.HELD_OUT.nonzero().flatten()[:5].tolist() == [3, 7, 10, 15, 26]
-    used, held_out = [], {tuple(row) for row in toy.problems()[0][toy.HELD_OUT].tolist()}
-    train_dense, train_sparse = toy.train_dense, toy.train_sparse
-
-    def dense(flags, seed, idx, targets, bar):
-        used.append(idx)
-        return train_dense(flags, seed, idx, targets, bar)
-
-    def sparse(flags, seed, dense, tau, idx, targets, bar):
-        used.append(idx)
-        return train_sparse(flags, seed, dense, tau, idx, targets, bar)
-
-    monkeypatch.setattr(toy, "train_dense", dense)
-    monkeypatch.setattr(toy, "train_sparse", sparse)
-    flags = toy.Flags(tries=2, dense_steps=1, steps=1, n_embd=16)
-    results = toy.run_seed(flags, 0, Log(str(tmp_path), {}))[3]
-    assert len(used) == 4 and results["tries"] == [None, None]
-    assert all(len(idx) == 9000 and not held_out & {tuple(row) for row in idx.tolist()} for idx in used)
 
 
 def test_a_seed_decides_the_whole_try():
@@ -163,18 +143,48 @@ def test_an_error_during_training_has_a_line_of_its_own(tmp_path, monkeypatch, c
     assert "try 1 of 5" in bar and error == "error: no more" and end == ""
 
 
-def test_a_short_run_learns_and_writes_everything(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """(folder, what was printed, the problems that each training got) of a run of a few seconds."""
+    folder, problems, printed = tmp_path_factory.mktemp("toy"), [], io.StringIO()
+    train_dense, train_sparse = toy.train_dense, toy.train_sparse
+
+    def dense(flags, seed, idx, targets, bar):
+        problems.append(idx)
+        return train_dense(flags, seed, idx, targets, bar)
+
+    def sparse(flags, seed, dense, tau, idx, targets, bar):
+        problems.append(idx)
+        return train_sparse(flags, seed, dense, tau, idx, targets, bar)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(toy, "train_dense", dense)
+        patch.setattr(toy, "train_sparse", sparse)
+        toy.main(toy.Flags(dense_steps=450, tries=1, steps=200, loose=1.0, out=str(folder)))
+    return folder, printed.getvalue(), problems
+
+
+def test_a_short_run_learns_and_writes_everything(short_run):
     """Dense training learns to add, post-training shuts most edges."""
-    toy.main(toy.Flags(dense_steps=600, tries=1, steps=300, loose=0.3, out=str(tmp_path)))
-    results = json.load(open(tmp_path / "results.json"))
+    folder, printed, _ = short_run
+    results = json.load(open(folder / "results.json"))
     assert results["dense_exact"] > 0.9
     assert results["exact"] > 0.2  # far from done; guessing gives 0.01
     assert results["mean_open_edges"] < 40 < results["allowed_edges"] == 242
     [seed] = results["per_seed"]
     assert seed["exact"] == results["exact"] and seed["tries"] == [None]
     assert {"exact_heldout", "circuit", "carry_table", "tau"} <= seed.keys()
-    for name in ("circuits.png", "training.png", "log.jsonl", "dense.pt", "sparse.pt"):
-        assert os.path.getsize(tmp_path / name) > 700
-    assert "no state qualified" in capsys.readouterr().out
-    e = toy.evaluate(Transformer.from_pretrained(str(tmp_path / "sparse.pt")), *toy.problems())
+    assert "no state qualified" in printed and all(line in printed for line in seed["circuit"])
+    lines = [json.loads(line) for line in open(folder / "log.jsonl")]
+    assert [line["step"] for line in lines[1:]] == [100, 200] and lines[2]["bound"] == pytest.approx(seed["tau"])
+    for name in ("circuits.png", "training.png", "dense.pt", "sparse.pt"):
+        assert os.path.getsize(folder / name) > 1000
+    e = toy.evaluate(Transformer.from_pretrained(str(folder / "sparse.pt")), *toy.problems())
     assert (e.exact, e.open_edges) == (results["exact"], results["mean_open_edges"])
+
+
+def test_the_held_out_thousand_never_change_and_are_never_trained_on(short_run):
+    idx, held_out = toy.problems()[0], toy.HELD_OUT
+    assert held_out.sum() == 1000 and held_out.nonzero().flatten()[:5].tolist() == [3, 7, 10, 15, 26]
+    assert len(short_run[2]) == 2  # dense and sparse training
+    assert all(torch.equal(problems, idx[~held_out]) for problems in short_run[2])

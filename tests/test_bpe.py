@@ -6,6 +6,7 @@ import os
 import random
 
 import pytest
+import tiktoken
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from plumbing import bpe
@@ -170,6 +171,29 @@ def test_names_and_numbers(tmp_path):
     assert (ours.eot, ours.bos) == (0, None)
 
 
+def vocabulary_hash(vocab, special):
+    ranks = sorted((i, bytes(bpe.BYTE[c] for c in token).hex()) for token, i in vocab.items())
+    return hashlib.sha256(json.dumps([ranks, special]).encode()).hexdigest()
+
+
+def test_gpt2s_vocabulary_is_named_gpt2_whatever_the_file(tmp_path, monkeypatch):
+    """Here the one trained in this test stands for GPT-2's."""
+    file, special = trained("gpt2"), {"<|endoftext|>": 0, "<|begin_of_text|>": 1}
+    vocab = {token: i for token, i in file["model"]["vocab"].items() if token not in special}
+    assert pair(file, tmp_path)[0].name.startswith("bpe-")
+    monkeypatch.setattr(bpe, "GPT2_VOCABULARY", vocabulary_hash(vocab, special))
+    assert pair(file, tmp_path)[0].name == "gpt2"
+    file["model"]["vocab"] = dict(reversed(file["model"]["vocab"].items()))
+    file["model"]["merges"] = [" ".join(merge) for merge in file["model"]["merges"]]
+    assert pair(file, tmp_path)[0].name == "gpt2"
+    digits = file | {"pre_tokenizer": trained("smollm2")["pre_tokenizer"]}  # the same ids, other cuts
+    assert pair(digits, tmp_path)[0].name.startswith("bpe-")
+    file["model"]["merges"].pop()
+    last = max(file["model"]["vocab"], key=file["model"]["vocab"].get)
+    del file["model"]["vocab"][last]
+    assert pair(file, tmp_path)[0].name.startswith("bpe-")
+
+
 def test_older_files(tmp_path):
     """Merges as strings, no model type, no use_regex."""
     file = trained("gpt2")
@@ -257,3 +281,23 @@ def test_smollm2():
     for text in [news, *HARD, *random_texts(3000, seed=4)]:
         assert ours.encode(text) == hf.encode(text, add_special_tokens=False).ids
     assert ours.decode(ours.encode(news)) == news
+
+
+@pytest.mark.skipif(not ASSETS, reason="SPARSE_ASSETS names no folder")
+def test_gpt2(tmp_path, monkeypatch):
+    """A tokenizer.json made of the vocabulary and the merges that tiktoken downloads."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(ASSETS, "tiktoken"))
+    gpt2 = tiktoken.get_encoding("gpt2")
+    character = {b: c for c, b in bpe.BYTE.items()}
+    write = lambda token: "".join(character[b] for b in token)
+    ranks = gpt2._mergeable_ranks
+    merges = [[write(part) for part in bpe.last_parts(t, ranks)] for t in sorted(ranks, key=ranks.get) if len(t) > 1]
+    eot = {"id": 50256, "content": "<|endoftext|>", "special": True, "single_word": False,
+           "lstrip": False, "rstrip": False, "normalized": False}
+    vocab = {write(token): i for token, i in ranks.items()} | {"<|endoftext|>": 50256}
+    file = trained("gpt2") | {"added_tokens": [eot]}
+    file["model"] |= {"vocab": vocab, "merges": merges}
+    ours, ids = pair(file, tmp_path)
+    assert (ours.name, ours.vocab_size, ours.eot, ours.bos) == ("gpt2", 50257, 50256, None)
+    for text in [TEXT, *HARD, *random_texts(300, seed=5)]:
+        assert ours.encode(text) == ids(text) == gpt2.encode_ordinary(text)

@@ -179,8 +179,8 @@ def test_greater_than_prompts(tok):
     task = tasks.make("greater-than", tok, 300)
     years = set()
     for clean, other in zip(texts(tok, task.clean), texts(tok, task.corrupt)):
-        form = r"(?:<bos>)?The \w+ lasted from the year (\d\d)(\d\d) to the year (\d\d)"
-        century, year, again = re.fullmatch(form, clean).groups()
+        sentence = r"(?:<bos>)?The \w+ lasted from the year (\d\d)(\d\d) to the year (\d\d)"
+        century, year, again = re.fullmatch(sentence, clean).groups()
         assert century == again and other == clean.replace(f"{century}{year} ", f"{century}01 ")
         years.add(int(year))
     low, high = (2, 98) if tok.name == "words" else (10, 89)
@@ -250,6 +250,13 @@ def test_induction_metric_and_share_right():
     logits[:2, L : L + 2] = logits[:2, L : L + 2].neg()  # two of four places: no more than half
     assert task.correct(logits).tolist() == [False, False, True, True]
     assert torch.allclose(task.metric(logits), torch.tensor([0.0, 0.0, 8.0, 8.0]), atol=1e-5)
+
+
+def test_the_tokenizer_of_the_problems():
+    tok = tasks.Digits()
+    assert (tok.name, tok.vocab_size, tok.bos) == ("addition", 13, None)
+    assert tok.encode("36+28=?????") == [3, 6, 10, 2, 8, 11, *[12] * 5] == tasks.problems()[0][3628].tolist()
+    assert tok.decode(torch.tensor([0, 0, 0, 6, 4])) == "00064"
 
 
 def test_addition_prompts():

@@ -1,18 +1,15 @@
 """Tokenizers, token files, preparation and the order of the blocks."""
 
+import hashlib
 import json
 import os
-import subprocess
-import sys
-import types
 
 import numpy as np
 import pytest
 import torch
 
-from plumbing import flags, tokens
+from plumbing import bpe, flags, hub, tokens
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TRICKY = "naïve 😀 日本語\n\n  <|endoftext|> \ttabs, don't 1234567 é\x00"
 
 
@@ -94,6 +91,57 @@ def test_gpt2_prepares_and_reads_back(gpt2_files, tmp_path):
     folder = tokens.prepare([write_text(tmp_path / "a.txt", docs)], str(tmp_path / "out"), "gpt2")
     assert decoded(folder, "gpt2")["val"] == docs[::20]
     assert tokens.load_data(folder, "gpt2")["val"].dtype == np.uint16
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A tokenizer.json with ids as high as GPT-2's, in a folder of its own."""
+    vocab = {c: i for i, c in enumerate(bpe.BYTE)}
+    special = {"id": 50256, "content": "<|endoftext|>", "special": True}
+    file = {"model": {"vocab": vocab, "merges": []}, "added_tokens": [special], "normalizer": None,
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}, "post_processor": None}
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "model" / "tokenizer.json"
+    path.write_text(json.dumps(file))
+    return str(path)
+
+
+def test_a_model_of_gpt2s_size_gets_its_own_tokenizer(own, monkeypatch):
+    folder = os.path.dirname(own)
+    checkpoint = os.path.join(folder, "best.pt")
+    open(checkpoint, "w").close()
+    assert tokens.tokenizer(own).vocab_size == 50257
+    assert tokens.name_for(50257, model=folder) == own == tokens.name_for(50257, model=checkpoint)
+    monkeypatch.setattr(hub, "fetch_model", {"owner/polish-gpt2": folder}.get)
+    assert tokens.name_for(50257, model="owner/polish-gpt2") == own
+    assert tokens.name_for(50257, "gpt2", folder) == "gpt2" and tokens.name_for(50257, "bytes", folder) == "bytes"
+
+
+def test_without_a_tokenizer_of_its_own_the_size_decides(tmp_path, own):
+    for size, name in ((257, "bytes"), (50257, "gpt2"), (50304, "gpt2")):
+        assert tokens.name_for(size) == tokens.name_for(size, model="scratch") == name
+        assert tokens.name_for(size, model=str(tmp_path)) == name
+    for arguments, message in (((999,), "999 tokens and no tokenizer.json.*--tokenizer"),
+                               ((300, "gpt2"), "gpt2 has more tokens than the model's 300"),
+                               ((300, None, os.path.dirname(own)), "more tokens than the model's 300")):
+        with pytest.raises(ValueError, match=message) as error:
+            tokens.name_for(*arguments)
+        assert one_line(error)
+
+
+def test_gpt2s_vocabulary_in_a_tokenizer_json_fits_gpt2s_token_files(own, tmp_path, monkeypatch):
+    """With another vocabulary the same files are refused; tiktoken's own files are not asked for."""
+    monkeypatch.setattr("tiktoken.get_encoding", None)
+    shard = public_shard(tmp_path / "s.bin", range(4))
+    monkeypatch.setattr(hub, "download", lambda *args, **more: shard)
+    with pytest.raises(ValueError, match="fineweb holds tokens of 'gpt2', not of 'bpe-"):
+        tokens.load_data("fineweb", own)
+    vocabulary = [[i, f"{b:02x}"] for i, b in enumerate(bpe.BYTE.values())], {"<|endoftext|>": 50256}
+    digest = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+    monkeypatch.setattr(bpe, "GPT2_VOCABULARY", digest)
+    assert tokens.load_data("fineweb", own)["tokenizer"] == "gpt2"
+    folder = tokens.prepare([write_text(tmp_path / "a.txt", documents(20))], str(tmp_path / "out"), own)
+    assert tokens.load_data(folder, "gpt2")["tokenizer"] == "gpt2"
 
 
 # -----------------------------------------------------------------------------
@@ -219,6 +267,32 @@ def test_a_folder_whose_files_were_not_all_renamed_does_not_count_as_prepared(tm
         tokens.load_data(out, "bytes")
 
 
+def test_prepare_prints_counts_and_paths(tmp_path, capsys):
+    out = tokens.prepare([write_text(tmp_path / "a.txt", documents(20))], str(tmp_path / "out"), "bytes")
+    printed = capsys.readouterr().out
+    assert "bytes of text a token" in printed and os.path.join(out, "test.bin") in printed
+    assert json.load(open(os.path.join(out, "meta.json")))["documents"]["train"] == 18
+
+
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(tmp_path):
+    good, out = write_text(tmp_path / "a.txt", documents(20)), str(tmp_path / "out")
+    (tmp_path / "empty.txt").write_text("\n<|endoftext|>\n\n")
+    (tmp_path / "short.txt").write_text("hello")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.pdf").write_text("x")
+    cases = [("empty.txt", "empty.txt: 0 characters"), ("short.txt", "short.txt: 5 characters"),
+             ("folder", "no .txt file or folder"), ("a.pdf", "a.pdf"), ("nowhere.txt", "nowhere.txt")]
+    for name, message in cases:
+        with pytest.raises(ValueError) as error:
+            tokens.prepare([str(tmp_path / name)], out, "bytes")
+        assert message in str(error.value) and one_line(error)
+    for arguments, message in (((out, "gpt3"), "gpt3"), (("/proc/nowhere", "bytes"), "output folder")):
+        with pytest.raises(ValueError, match=message) as error:
+            tokens.prepare([good], *arguments)
+        assert one_line(error)
+    assert not os.path.exists(out) or os.listdir(out) == []
+
+
 # -----------------------------------------------------------------------------
 # token files
 
@@ -320,15 +394,19 @@ def test_fineweb_halves_its_validation_shard(tmp_path, monkeypatch):
         asked.append((repo, kind, filename))
         return public_shard(tmp_path / filename, range(len(asked) * 10))
 
-    monkeypatch.setitem(sys.modules, "plumbing.hub", types.SimpleNamespace(download=download))
-    data = tokens.load_data("fineweb", "gpt2", shards=2)
+    monkeypatch.setattr(hub, "download", download)
+    data = tokens.load_data("fineweb", "gpt2", n_tokens=100_000_001)
     names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
     assert asked == [("kjj0/fineweb10B-gpt2", "dataset", name) for name in names]
     assert data["val"].tolist() == [0, 1, 2, 3, 4] and data["test"].tolist() == [5, 6, 7, 8, 9]
     assert [len(shard) for shard in data["train"]] == [20, 30]
-    for shards in (0, 104):
-        with pytest.raises(ValueError, match="103"):
-            tokens.load_data("fineweb", "gpt2", shards)
+
+
+@pytest.mark.parametrize("n_tokens, files", [(None, 1), (0, 1), (10**8, 1), (25 * 10**7, 3), (10**11, 103)])
+def test_fineweb_downloads_as_many_files_as_the_training_needs(n_tokens, files, tmp_path, monkeypatch):
+    path = public_shard(tmp_path / "s.bin", range(4))
+    monkeypatch.setattr(hub, "download", lambda *args, **more: path)
+    assert len(tokens.load_data("fineweb", "gpt2", n_tokens)["train"]) == files
 
 
 # -----------------------------------------------------------------------------
@@ -336,8 +414,8 @@ def test_fineweb_halves_its_validation_shard(tmp_path, monkeypatch):
 
 
 def order(n, seed=0, epoch=0):
-    key = np.full(n, seed * 1000 + epoch, np.uint64)
-    return tokens.permute(np.arange(n, dtype=np.uint64), n, key).tolist()
+    """The numbers of n blocks of one token in the order of an epoch."""
+    return tokens.Blocks(np.arange(n + 1), 1, seed).batch(n * epoch, n)[0].flatten().tolist()
 
 
 def test_the_order_is_a_permutation_for_every_size():
@@ -351,6 +429,23 @@ def test_the_order_looks_random():
     assert abs(np.corrcoef(x, np.arange(n))[0, 1]) < 0.04  # 4 sigma
     assert abs(np.corrcoef(x[1:], x[:-1])[0, 1]) < 0.04
     assert np.sum(np.abs(np.diff(x)) == 1) < 12  # 2 are expected
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone():
+    """Whatever was asked before; negative seeds and seeds that differ by their high bits too."""
+    blocks = tokens.Blocks(np.arange(101), 1, seed=-3)
+    first, later = blocks.batch(0, 100), blocks.batch(700, 100)
+    assert blocks.batch(0, 100)[0].equal(first[0]) and not first[0].equal(later[0])
+    assert first[0].flatten().tolist() == order(100, seed=-3) == order(100, seed=2**64 - 3)
+    assert later[0].flatten().tolist() == order(100, seed=-3, epoch=7)
+    seeds = [0, 1, -1, 2**62, 2**32, 2**33]
+    assert len({tuple(order(100, seed, epoch)) for seed in seeds for epoch in (0, 1)}) == 12
+
+
+def test_a_batch_over_the_end_of_an_epoch_is_the_end_of_one_and_the_start_of_the_next():
+    blocks = tokens.Blocks(np.arange(101), 1, seed=4)
+    over = blocks.batch(90, 25)[0].flatten().tolist()
+    assert over == order(100, seed=4)[90:] + order(100, seed=4, epoch=1)[:15]
 
 
 def test_each_epoch_has_every_block_once_in_an_order_of_its_own():
@@ -417,46 +512,3 @@ def test_too_few_tokens_for_a_block_are_refused(data):
         with pytest.raises(ValueError, match="too few for a block of 10") as error:
             make()
         assert one_line(error)
-
-
-# -----------------------------------------------------------------------------
-# the command line
-
-
-def prepare_command(*argv):
-    return subprocess.run([sys.executable, "-m", "plumbing.tokens", *argv], cwd=ROOT,
-                          capture_output=True, text=True)
-
-
-def test_the_command_prints_counts_and_paths(tmp_path):
-    path, out = write_text(tmp_path / "a.txt", documents(20)), str(tmp_path / "out")
-    run = prepare_command("prepare", path, "--tokenizer=bytes", "--out", out)
-    assert run.returncode == 0 and run.stderr == ""
-    assert "bytes of text a token" in run.stdout and os.path.join(out, "test.bin") in run.stdout
-    assert json.load(open(os.path.join(out, "meta.json")))["documents"]["train"] == 18
-
-
-def test_bad_input_ends_with_one_line_and_code_2(tmp_path, monkeypatch, capsys):
-    good, out = write_text(tmp_path / "a.txt", documents(20)), str(tmp_path / "out")
-    empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
-    empty.write_text("\n<|endoftext|>\n\n")
-    short.write_text("hello")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "a.pdf").write_text("x")
-    to = ["--tokenizer", "bytes", "--out", out]
-    cases = [(["prepare", str(empty), *to], "empty.txt: 0 characters"), (["prepare", *to], "FILE_OR_FOLDER"),
-             (["prepare", str(short), *to], "short.txt: 5 characters"), (["prepare", good], "--out"),
-             (["prepare", str(tmp_path / "folder"), *to], ".txt"), (["prepare", good, *to, "--x"], "--x"),
-             (["prepare", str(tmp_path / "a.pdf"), *to], "a.pdf"), (["prepair", good, *to], "prepair"),
-             (["prepare", str(tmp_path / "nowhere.txt"), *to], "nowhere.txt"), ([], "command"),
-             (["prepare", good, "--tokenizer", "gpt3", "--out", out], "gpt3"),
-             (["prepare", good, "--tokenizer", "bytes", "--out", "/proc/nowhere"], "output folder")]
-    for argv, message in cases:
-        monkeypatch.setattr(sys, "argv", ["tokens", *argv])
-        with pytest.raises(SystemExit) as stop:
-            tokens.main()
-        error = capsys.readouterr().err
-        assert stop.value.code == 2, argv
-        assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
-    run = prepare_command("prepare", str(empty), *to)
-    assert run.returncode == 2 and run.stderr.count("\n") == 1
