@@ -32,13 +32,13 @@ class GECO:
     """The multiplier of one constraint C <= tau; equations 1-5. Its state is two floats.
 
     tau, width: in C's units. ema in [0, 1). lam: exp(h) at the start. Bad values: ValueError.
-    The defaults suit language models, where 0.03 nats are a violation that matters. nu: lambda changes
+    The defaults suit language models, where 0.06 nats are a violation that matters. nu: lambda changes
     by a factor of e in 100 steps at most. ema: averages over 20 steps, which is less. kp: a full
-    violation counts for a factor of e at once. lam_max: above 20 the penalty does nothing more.
-    lam_min: lambda has to find its way back.
+    violation counts for a factor of e at once. lam_max: a bound that is out of reach for a while does
+    not stop the penalty, which keeps 40% of the loss. lam_min: lambda has to find its way back.
     """
 
-    def __init__(self, tau, nu=0.01, kp=1.0, ema=0.95, width=0.03, lam=1.0, lam_min=1e-3, lam_max=20.0):
+    def __init__(self, tau, nu=0.01, kp=1.0, ema=0.95, width=0.06, lam=0.5, lam_min=0.01, lam_max=0.5):
         for name, value in dict(tau=tau, nu=nu, width=width, lam=lam, lam_min=lam_min).items():
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {value}")
@@ -104,7 +104,7 @@ def main(flags):
     center, radius = torch.tensor([3.0, 4.0]), math.sqrt(flags.tau)
     point, trace = torch.tensor([0.0, 6.0], requires_grad=True), []
     optimizer = torch.optim.SGD([point], lr=0.02)
-    geco = GECO(flags.tau, width=flags.tau)  # the disc's constraint is not in nats
+    geco = GECO(flags.tau, width=flags.tau, lam_min=0.01, lam_max=20.0)  # the disc is not in nats
     for _ in range(flags.steps):
         objective, constraint = point.square().sum(), (point - center).square().sum()
         trace.append((objective.item(), constraint.item(), geco.lam))

@@ -274,9 +274,8 @@ def train(flags, saved=None):
         if flags.sparse and step % LOOK_EVERY == 0:
             first = step // LOOK_EVERY * flags.batch_size + fsdp.rank() * size
             idx, targets = (x.to(device) for x in held_out.batch(first, size))
-            seeds = fold_in(~flags.seed, torch.arange(first, first + size)).to(device)
             with torch.no_grad(), amp():
-                logits, ce, _ = model(idx, targets, seed=seeds)
+                logits, ce, _ = model(idx, targets)  # deterministic gates, as they will be used
                 constraint = divergence(teacher, logits, idx) if teacher else ce
             constraint = fsdp.mean([constraint])[0]  # so that lambda is the same on every rank
             run.require_finite(step + 1, held_out_loss=constraint)
@@ -341,6 +340,8 @@ def dense_base(flags):
                    gate_bias=None, bound="ce", slack=Flags.slack, tau=None, control=None)
     print(f"from scratch: first {base.steps} steps of a dense base in {base.out}, then {flags.steps} more; "
           "as it comes, about 5 minutes on 2 cores")
+    if flags.overwrite and fsdp.rank() == 0:
+        runs.remove_old(flags.out)  # it has no base any more
     if flags.overwrite or not runs.is_same_base(base):
         stopped = not flags.overwrite and runs.newest(base.out)
         train(base, fsdp.read(stopped) if stopped else None)

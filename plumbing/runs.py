@@ -7,6 +7,7 @@ adapter.safetensors (the sparsest state within the bound), results.json, log.jso
 import json
 import math
 import os
+import pathlib
 import shutil
 import signal
 import statistics
@@ -20,7 +21,9 @@ from tqdm import tqdm
 
 from plumbing import fsdp, lora
 from plumbing.flags import Log, pick_device, write_results
+from plumbing.flags import replace as replace_file
 from plumbing.hub import read_pickle, read_safetensors, write_pickle
+from plumbing.tokens import TOKENIZERS
 
 # -----------------------------------------------------------------------------
 # which folder
@@ -59,7 +62,7 @@ def check_folder(flags):
 
 def remove_old(folder):
     """What an earlier run left: none of its states may be taken for one of this run."""
-    for name in ("results.json", "best.pt", "adapter.safetensors", "last.pt"):
+    for name in ("results.json", "best.pt", "adapter.safetensors", "last.pt", "tokenizer.json"):
         if os.path.exists(os.path.join(folder, name)):
             os.remove(os.path.join(folder, name))
     for name in ("last", "last.old", "last.new"):
@@ -165,9 +168,12 @@ class Run:
     def begin(self, tokenizer):
         """Remove what an earlier run left; a tokenizer.json goes beside the checkpoints."""
         if fsdp.rank() == 0:
+            path = os.path.join(tokenizer, "tokenizer.json") if os.path.isdir(tokenizer) else tokenizer
+            content = None if tokenizer in TOKENIZERS else pathlib.Path(path).read_bytes()
             remove_old(self.flags.out)
-            if tokenizer.endswith(".json"):
-                shutil.copy(tokenizer, self.flags.out)
+            if content:
+                replace_file(os.path.join(self.flags.out, "tokenizer.json"),
+                             lambda temporary: pathlib.Path(temporary).write_bytes(content))
 
     def steps(self):
         """The numbers of the steps to do: to the end of the run or the sitting, or until Ctrl-C.
@@ -250,7 +256,7 @@ class Run:
     def leave(self, step):
         """The end of a sitting before the last step."""
         base = self.flags.init == "scratch"  # its checkpoint alone does not know what comes after it
-        how = "the same command" if base else f"python train.py --resume {self.flags.out}"
+        how = "the same command" + " without --overwrite" * self.flags.overwrite if base else f"python train.py --resume {self.flags.out}"
         print(f"saved step {step} of {self.flags.steps}; go on with: {how}")
         sys.exit(self.exit_code)
 
