@@ -149,7 +149,7 @@ def train_sparse(flags, seed, dense, tau, idx, targets, bar):
     optimizer = make_optimizer(model)
     # With kp 0.5 lambda was too slow for the falling bound: it sank to 0.09, and the CE rose far above
     # tau. Where lambda went up to 150, spare edges stayed. (LOG.md)
-    geco = GECO(tau, kp=2, lam_min=0.1, lam_max=30)
+    geco = GECO(tau, kp=2, lam=1.0, lam_min=0.1, lam_max=30)
     best, fewest, trace = None, math.inf, []
     for step in range(flags.steps):
         tight = min(1, max(0, 4 * step / flags.steps - 1))  # 0 for a quarter, 1 from the middle on

@@ -64,7 +64,7 @@ def test_a_start_outside_the_bounds_is_moved_inside():
 
 def test_lambda_rises_exactly_when_the_constraint_is_violated():
     for ce, sign in ((3.0, 1), (1.0, -1), (2.0, 0)):
-        geco = GECO(tau=2.0, kp=0.0)
+        geco = GECO(tau=2.0, kp=0.0, lam_max=20.0)
         before = geco.lam
         geco.update(ce)
         assert (geco.lam > before) - (geco.lam < before) == sign
