@@ -15,6 +15,7 @@ import copy
 import math
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 
 import torch
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from geco import GECO
 from model import Config, Transformer
 from plumbing import figures
-from plumbing.flags import Log, check, open_folder, run, write_results
+from plumbing.flags import Log, check, in_processes, open_folder, run, write_results
 from plumbing.tasks import ANSWER, CHARACTERS, problems
 from sparse import fold_in, gate_map
 
@@ -77,7 +78,13 @@ class Evaluation:
 def evaluate(model, idx, targets):
     """The Evaluation of a model on N problems, with deterministic gates."""
     tensors, gates, weights = {}, [], []
-    logits, loss, _ = model(idx, targets, tap=lambda name, t: tensors.setdefault(name, t))
+
+    def tap(name, t):
+        if name.endswith(("attn.q", "attn.k")):
+            tensors[name] = t
+        return t
+
+    logits, loss, _ = model(idx, targets, tap=tap)
     bias = model.config.gate_bias if model.config.sparse else 1e9
     for l in range(model.config.n_layer):
         q, k = (tensors[f"h{l}.attn.{x}"].transpose(1, 2) for x in "qk")  # (N, n_head, 11, D)
@@ -118,7 +125,7 @@ def descend(optimizer, loss, step, steps, lr):
     optimizer.step()
 
 
-def train_dense(flags, seed, idx, targets, bar):
+def train_dense(flags, seed, idx, targets):
     """A dense model that adds; ordinary cross-entropy."""
     torch.manual_seed(seed)
     model = Transformer(flags.config())
@@ -127,7 +134,6 @@ def train_dense(flags, seed, idx, targets, bar):
         rows = batch(step, seed, len(idx))
         _, ce, _ = model(idx[rows], targets[rows])
         descend(optimizer, ce, step, flags.dense_steps, lr=3e-3)
-        bar.update()
     return model
 
 
@@ -135,7 +141,7 @@ def train_dense(flags, seed, idx, targets, bar):
 # sparse training: the same weights, with gates, under the constraint
 
 
-def train_sparse(flags, seed, dense, tau, idx, targets, bar):
+def train_sparse(flags, seed, dense, tau, idx, targets):
     """The dense model's weights, trained on for the fewest open edges at CE <= tau.
 
     A shut edge gets next to no gradient, so a circuit that works but has a spare part stays as it
@@ -160,7 +166,6 @@ def train_sparse(flags, seed, dense, tau, idx, targets, bar):
         _, ce, edges = model(idx[rows], targets[rows], seed=gate_seeds)
         descend(optimizer, geco.loss(edges.prob.mean(), ce), step, flags.steps, lr=1e-3)
         geco.update(ce.item())
-        bar.update()
         if (step + 1) % 100 == 0 or step + 1 == flags.steps:
             now = evaluate(model, idx, targets)
             if now.ce <= tau and now.exact >= 0.9995 and now.open_edges < fewest:
@@ -168,7 +173,6 @@ def train_sparse(flags, seed, dense, tau, idx, targets, bar):
             trace.append({"step": step + 1, "bound": geco.tau, "ce_sampled": geco.c, "ce": now.ce,
                           "lam": geco.lam, "exact": now.exact, "edges": now.open_edges,
                           "kept": fewest if best else None})
-            bar.set_postfix_str(f"exact {now.exact:.2%} edges {now.open_edges:.2f}")
     return best or model, fewest, trace
 
 
@@ -215,32 +219,32 @@ def carry_table(gates):
 # the whole run
 
 
-def run_seed(flags, seed, log):
-    """Several tries, of which the sparsest counts: {name: model}, {name: Evaluation}, trace, results.
+def one_try(task):
+    """(flags, seed, number) -> (fewest open edges, tau, trace, {"dense", "sparse": model}).
 
-    Which positions add is settled in dense training, and post-training rarely moves it: a try is
-    a new dense model. All of them are in the results; the choice uses training problems only.
+    Which positions add is settled in dense training, and post-training rarely moves it. A try is
+    therefore a new dense model. It sees training problems only.
     """
+    flags, seed, number = task
+    torch.set_num_threads(1)  # tensors this small are slower on more; the tries share the cores
+    idx, targets = (t[~HELD_OUT] for t in problems())
+    seed = fold_in(seed, number).item()  # the whole try is a function of it
+    dense = train_dense(flags, seed, idx, targets)
+    tau = evaluate(dense, idx, targets).ce + flags.slack
+    sparse, edges, trace = train_sparse(flags, seed, dense, tau, idx, targets)
+    return edges, tau, trace, {"dense": dense, "sparse": sparse}
+
+
+def results_of(seed, tries):
+    """The sparsest of the tries of a seed on all problems: {name: model}, {name: Evaluation}, results."""
     idx, targets = problems()
-    train, held_out = ((idx[rows], targets[rows]) for rows in (~HELD_OUT, HELD_OUT))
-    tries = []
-    for number in range(flags.tries):
-        seed_of_try = fold_in(seed, number).item()  # the whole try is a function of it
-        with tqdm(total=flags.dense_steps + flags.steps, mininterval=1,
-                  desc=f"seed {seed}, try {number + 1} of {flags.tries}") as bar:
-            dense = train_dense(flags, seed_of_try, *train, bar)
-            tau = evaluate(dense, *train).ce + flags.slack
-            sparse, edges, trace = train_sparse(flags, seed_of_try, dense, tau, *train, bar)
-        for point in trace:
-            log.write(seed=seed, number=number, **point)
-        tries.append((edges, tau, trace, {"dense": dense, "sparse": sparse}))
-    _, tau, trace, models = min(tries, key=lambda t: t[0])
+    _, tau, _, models = min(tries, key=lambda t: t[0])
     evaluations = {name: evaluate(model, idx, targets) for name, model in models.items()}
     dense, sparse = evaluations.values()
-    return models, evaluations, trace, {
+    return models, evaluations, {
         "seed": seed, "exact": sparse.exact, "mean_open_edges": sparse.open_edges, "ce": sparse.ce,
-        "exact_heldout": evaluate(models["sparse"], *held_out).exact, "dense_exact": dense.exact,
-        "dense_ce": dense.ce, "tau": tau, "allowed_edges": sparse.gates[0].numel(),
+        "exact_heldout": evaluate(models["sparse"], idx[HELD_OUT], targets[HELD_OUT]).exact,
+        "dense_exact": dense.exact, "dense_ce": dense.ce, "tau": tau, "allowed_edges": sparse.gates[0].numel(),
         "tries": [edges if edges < math.inf else None for edges, *_ in tries],
         "circuit": describe(sparse.gates), "carry_table": carry_table(sparse.gates)}
 
@@ -248,18 +252,24 @@ def run_seed(flags, seed, log):
 def main(flags):
     started = time.time()
     open_folder(flags.out)
-    torch.set_num_threads(min(2, torch.get_num_threads()))  # tensors this small are slower on more
+    seeds = range(flags.seed, flags.seed + flags.seeds)
+    tasks = [(flags, seed, number) for seed in seeds for number in range(flags.tries)]
     print(f"{flags.tries} tries a seed, 4 minutes on 2 cores; expect 99.9% exact with about 6 open edges")
     log, per_seed, traces = Log(flags.out, asdict(flags)), [], []
-    for seed in range(flags.seed, flags.seed + flags.seeds):
-        models, evaluations, trace, results = run_seed(flags, seed, log)
+    tries_of_all = tqdm(in_processes(one_try, tasks), total=len(tasks), desc="tries", smoothing=0)
+    for seed in seeds:
+        tries = list(islice(tries_of_all, flags.tries))
+        models, evaluations, results = results_of(seed, tries)
+        for number, (_, _, trace, _) in enumerate(tries):
+            for point in trace:
+                log.write(seed=seed, number=number, **point)
         per_seed.append(results)
-        traces.append(trace)
-        print(f"seed {seed}: exact {results['exact']:.2%}, held out {results['exact_heldout']:.2%}, "
-              f"dense {results['dense_exact']:.2%}; {results['mean_open_edges']:.2f} of "
-              f"{results['allowed_edges']} edges open a problem")
+        traces.append(min(tries, key=lambda t: t[0])[2])
+        tqdm.write(f"seed {seed}: exact {results['exact']:.2%}, held out {results['exact_heldout']:.2%}, "
+                   f"dense {results['dense_exact']:.2%}; {results['mean_open_edges']:.2f} of "
+                   f"{results['allowed_edges']} edges open a problem")
         if results["tries"] == [None] * flags.tries:
-            print(f"seed {seed}: no state qualified, this is the last one; more --tries may help")
+            tqdm.write(f"seed {seed}: no state qualified, this is the last one; more --tries may help")
         if seed == flags.seed:
             for name, model in models.items():
                 model.save_checkpoint(f"{flags.out}/{name}.pt")
@@ -269,6 +279,7 @@ def main(flags):
                  ("exact", "exact_heldout", "dense_exact", "mean_open_edges", "allowed_edges")}
         worst["summary"] = "the worst of the seeds"
         path = write_results(flags.out, started, **worst, per_seed=per_seed)  # a stop loses one seed
+    tries_of_all.close()
     print("\n  ".join([f"the circuit of seed {flags.seed}", *per_seed[0]["circuit"]]))
     for edge, cases in per_seed[0]["carry_table"].items():
         yes, no = (f"{c['reads']} of {sum(c.values())}" for c in cases.values())

@@ -12,6 +12,7 @@ import pathlib
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -100,6 +101,17 @@ def run(main, flags, doc=None):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("\nstopped")
+
+
+def in_processes(function, tasks):
+    """Yields function(task) of each task, in order, from as many processes as there are cores."""
+    if len(tasks) == 1:
+        yield function(tasks[0])
+        return
+    pool = torch.multiprocessing.get_context("spawn").Pool(
+        min(len(tasks), os.cpu_count(), 8), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    with pool:  # Ctrl-C is left to this process, which ends the others
+        yield from pool.imap(function, tasks)
 
 
 # -----------------------------------------------------------------------------

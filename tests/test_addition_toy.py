@@ -10,7 +10,7 @@ import torch
 
 import addition_toy as toy
 from model import Config, Transformer
-from plumbing.flags import parse, run
+from plumbing.flags import in_processes, parse, run
 from plumbing.tasks import Digits
 
 TINY = dict(block_size=11, vocab_size=13, n_layer=2, n_head=2, n_embd=16, causal=False, init_std=0.5)
@@ -49,14 +49,28 @@ def test_a_seed_decides_the_whole_try():
 
     def a_try(seed, torch_seed):
         torch.manual_seed(torch_seed)
-        bar = toy.tqdm(disable=True)
-        dense = toy.train_dense(flags, seed, idx, targets, bar)
-        sparse, _, trace = toy.train_sparse(flags, seed, dense, 0.1, idx, targets, bar)
+        dense = toy.train_dense(flags, seed, idx, targets)
+        sparse, _, trace = toy.train_sparse(flags, seed, dense, 0.1, idx, targets)
         return sparse.state_dict(), trace
 
     (a, trace), (b, again), (c, other) = a_try(5, 0), a_try(5, 1), a_try(6, 1)
     assert trace == again and all(torch.equal(a[name], b[name]) for name in a)
     assert trace != other and not torch.equal(a["wte.weight"], c["wte.weight"])
+
+
+def test_tries_in_processes_are_those_of_one_process_in_order():
+    flags = toy.Flags(dense_steps=2, steps=2, n_embd=8)
+    tasks = [(flags, 3, number) for number in range(2)]
+    for found, task in zip(in_processes(toy.one_try, tasks), tasks, strict=True):
+        edges, tau, trace, models = toy.one_try(task)
+        assert (found[0], found[2]) == (edges, trace) and found[1] == pytest.approx(tau)
+        for name, t in models["sparse"].state_dict().items():
+            torch.testing.assert_close(found[3]["sparse"].state_dict()[name], t)
+
+
+def test_an_error_in_one_of_the_processes_arrives():
+    with pytest.raises(TypeError):
+        list(in_processes(len, [1, 2]))
 
 
 def test_open_gates_are_the_ones_the_model_used():
@@ -135,12 +149,12 @@ def test_an_error_during_training_has_a_line_of_its_own(tmp_path, monkeypatch, c
         raise ValueError("no more")
 
     monkeypatch.setattr(toy, "evaluate", fails)
-    monkeypatch.setattr("sys.argv", ["addition_toy.py", "--dense-steps", "2", "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["addition_toy.py", "--dense-steps", "2", "--tries", "1", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
         run(toy.main, toy.Flags)
     assert stop.value.code == 2
     bar, *_, error, end = capsys.readouterr().err.split("\n")
-    assert "try 1 of 5" in bar and error == "error: no more" and end == ""
+    assert "tries: " in bar and error == "error: no more" and end == ""
 
 
 @pytest.fixture(scope="module")
@@ -149,13 +163,13 @@ def short_run(tmp_path_factory):
     folder, problems, printed = tmp_path_factory.mktemp("toy"), [], io.StringIO()
     train_dense, train_sparse = toy.train_dense, toy.train_sparse
 
-    def dense(flags, seed, idx, targets, bar):
+    def dense(flags, seed, idx, targets):
         problems.append(idx)
-        return train_dense(flags, seed, idx, targets, bar)
+        return train_dense(flags, seed, idx, targets)
 
-    def sparse(flags, seed, dense, tau, idx, targets, bar):
+    def sparse(flags, seed, dense, tau, idx, targets):
         problems.append(idx)
-        return train_sparse(flags, seed, dense, tau, idx, targets, bar)
+        return train_sparse(flags, seed, dense, tau, idx, targets)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(toy, "train_dense", dense)
