@@ -71,7 +71,7 @@ def gated_attention(q, k, v, bias=0.0, seed=None, causal=True, impl="auto"):
     open_frac (B, H), the share of allowed pairs whose gate is 1, without gradient. Everything
     inside, and both shares, are float32 whatever q is (float64 if q is). Bad input: ValueError.
     """
-    check(q, k, v, bias)
+    kernel.check_inputs(q, k, v, bias)
     form, dtype = choose(impl, q)
     keys = noise_keys(sequence_seeds(seed, len(q), q.device), *q.shape[1:3])
     with torch.autocast(q.device.type, enabled=False):
@@ -83,7 +83,7 @@ def gated_attention(q, k, v, bias=0.0, seed=None, causal=True, impl="auto"):
 @torch.no_grad()
 def gate_map(q, k, bias=0.0, seed=None, causal=True):
     """The gates themselves, bool (B, H, T, T), False on pairs that are not allowed; no gradient."""
-    check(q, k, k, bias)
+    kernel.check_inputs(q, k, k, bias)
     keys = noise_keys(sequence_seeds(seed, len(q), q.device), *q.shape[1:3])
     q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
@@ -111,21 +111,6 @@ def choose(impl, q):
         raise ValueError(f"impl must be one of naive, chunked, triton, auto, got {impl!r}")
     form = naive if impl == "naive" else partial(chunked, uniform=uniform)
     return form, torch.promote_types(q.dtype, torch.float32)
-
-
-def check(q, k, v, bias):
-    """ValueError in one line unless the tensors fit together and b is a number."""
-    if not all(torch.is_tensor(x) for x in (q, k, v)):
-        raise ValueError("q, k and v must be tensors")
-    shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-    if not all(x.dim() == 4 and x.is_floating_point() for x in (q, k, v)):
-        raise ValueError(f"q, k, v must be float tensors (batch, heads, T, head size), got {shapes}")
-    if k.shape != v.shape or q.shape[0::2] != k.shape[0::2] or q.shape[3] != k.shape[3] or not k.numel():
-        raise ValueError(f"q (B, H, T, D) and k, v (B, H_kv, T, D) do not fit together: {shapes}")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key-value heads")
-    if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not math.isfinite(bias):
-        raise ValueError(f"the gate bias must be a finite number, got {bias!r}")
 
 
 # -----------------------------------------------------------------------------

@@ -1,8 +1,10 @@
-"""When the Triton kernel may be used: it can run here, and it agrees with the specification.
+"""What is looked at before attention runs: the input, and whether the Triton kernel may be used.
 
 A kernel that has never run on this GPU, driver and compiler is not trusted. At its first use for a
 dtype it is compared with sparse.naive on a small case; if it errs or differs, "auto" does without it.
 """
+
+import math
 
 import torch
 
@@ -61,3 +63,18 @@ def errors(form, naive, noise_keys, device="cpu", dtype=torch.float32):
             gradients = torch.autograd.grad([y, E], qkv, [dy, torch.ones_like(E)])
         found.append([x.detach().double() for x in (y, E, *gradients)])
     return [((fast - exact).norm() / exact.norm()).item() for exact, fast in zip(*found)]
+
+
+def check_inputs(q, k, v, bias):
+    """ValueError in one line unless the tensors fit together and b is a number."""
+    if not all(torch.is_tensor(x) for x in (q, k, v)):
+        raise ValueError("q, k and v must be tensors")
+    shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+    if not all(x.dim() == 4 and x.is_floating_point() for x in (q, k, v)):
+        raise ValueError(f"q, k, v must be float tensors (batch, heads, T, head size), got {shapes}")
+    if k.shape != v.shape or q.shape[0::2] != k.shape[0::2] or q.shape[3] != k.shape[3] or not k.numel():
+        raise ValueError(f"q (B, H, T, D) and k, v (B, H_kv, T, D) do not fit together: {shapes}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key-value heads")
+    if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not math.isfinite(bias):
+        raise ValueError(f"the gate bias must be a finite number, got {bias!r}")
