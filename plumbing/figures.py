@@ -1,8 +1,6 @@
-"""
-The figures of patching.py, dense beside sparse.
+"""Every picture of the project, one section a script."""
 
-shown: {"dense": ..., "sparse": ...} of patching.analyse, results: the contents of results.json.
-"""
+import os
 
 import numpy as np
 import torch
@@ -16,93 +14,121 @@ from plumbing.tasks import Digits
 
 COLORS = {"dense": "#0072B2", "sparse": "#D55E00"}  # told apart by colour-blind readers too
 
+# -----------------------------------------------------------------------------
+# patching.py: studies {"dense", "sparse": circuit_report.Study}, results as in results.json
 
-def draw_heads(shown, results, path):
+
+def draw_studies(folder, studies, results, maps, strength, labels):
+    """All figures of patching.py; returns their paths.
+
+    Of one sentence with the tokens labels: maps {"dense", "sparse": A a (n_layer, n_head, T, T)} and
+    strength (n_layer, T, T) of the sparse model's token edges, see draw_tokens.
+    """
+    paths = {name: os.path.join(folder, f"{name}.png") for name in (
+        "heads", "edges", "circuits", "attention", "circuit_heads", "tokens")}
+    draw_heads(studies, results, paths["heads"])
+    draw_edges(studies, results, paths["edges"])
+    draw_circuits(studies, paths["circuits"])
+    is_head = [source[0] == "a" for source in studies["sparse"].graph.sources]
+    names = [source for source in studies["sparse"].graph.sources if source[0] == "a"]
+
+    def row(name, heads):
+        return [(f"{name} {names[h]}", maps[name].flatten(0, 1)[h]) for h in heads.tolist()]
+
+    rows = []
+    for name, study in studies.items():
+        effect = (study.patched.mean(0) - study.empty.mean()).abs().flatten()
+        rows.append(row(name, effect.argsort(descending=True)[:6]))
+    draw_maps(rows, labels, paths["attention"])
+    weight = (study.mean.abs() * study.by_effect).sum(1)[is_head]  # of the sparse model, the last
+    heads = weight.argsort(descending=True)[:max(1, int((weight > 0).sum()))]
+    title = f"all {len(heads)} heads of the circuit that explains 0.9 of the effect"
+    if len(heads) > 144:
+        title = title.replace("all", "the 144 strongest of the")
+    draw_maps([row("sparse", h) for h in heads[:144].split(8)], labels, paths["circuit_heads"], title)
+    draw_tokens(strength, results["token_graph"], labels, paths["tokens"])
+    return list(paths.values())
+
+
+def draw_heads(studies, results, path):
     """Figure 3 of the paper: explained effect over the number of heads kept, with quartiles."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
-    for axis, rank in zip(figure.subplots(1, 2, sharey=True), ("per_sentence", "global")):
-        for name, s in shown.items():
-            counts, f, low, high = s["heads"][rank]
-            axis.plot(counts, f, "o-", markersize=3, color=COLORS[name], label=name)
-            axis.fill_between(counts, low, high, color=COLORS[name], alpha=0.2, linewidth=0,
-                              label="quartiles of sentences")
-        axis.axhline(0.9, color="black", linewidth=0.8, linestyle=":")
-        how = {"per_sentence": "ranked for each sentence", "global": "ranked once"}[rank]
-        axis.set(title=f"{how}: {said(results['ratio']['heads_for_0.9_' + rank])}", xlabel="attention heads kept")
+    titles = {"per_sentence": "ranked for each sentence", "global": "ranked once"}
+    for axis, (rank, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
+        for name, study in studies.items():
+            curve = study.heads[rank]
+            color, (low, high) = COLORS[name], curve.quartiles()[0]
+            axis.plot(curve.sizes, curve.effect(), "o-", markersize=3, color=color, label=name)
+            axis.fill_between(curve.sizes, low, high, color=color, alpha=0.2, lw=0, label="quartiles of sentences")
+        axis.set(title=f"{title}: dense needs {results['ratio'][f'heads_for_0.9_{rank}']:.1f}x",
+                 xlabel="attention heads kept", xlim=(-0.2, 1.2 * curve.sizes[-1]))
         axis.set_xscale("symlog", linthresh=1)
-        axis.set_xlim(-0.2, 1.2 * max(s["heads"][rank][0][-1] for s in shown.values()))
-        axis.set_ylim(-0.25, max(1.4, 1.1 * max(max(f) for s in shown.values()
-                                                for _, f, *_ in s["heads"].values())))
         axis.xaxis.set_major_formatter("{x:g}")
-    figure.axes[0].set_ylabel("explained effect")
-    figure.axes[0].legend(loc="upper left", fontsize=8)
+    effect_axis(figure.axes[0], [study.heads[rank] for study in studies.values() for rank in titles])
+    figure.axes[1].axhline(0.9, color="black", linewidth=0.8, linestyle=":")
     save_figure(figure, path)
 
 
-def said(ratio):
-    return f"dense needs {ratio:.1f}x"
+def effect_axis(axis, curves):
+    """Label and limits of the explained effect, with a line at 0.9."""
+    axis.axhline(0.9, color="black", linewidth=0.8, linestyle=":")
+    top = max(max(curve.effect()) for curve in curves)
+    axis.set(ylabel="explained effect", ylim=(-0.25, max(1.4, 1.1 * top)))
+    axis.legend(fontsize=8, loc="upper left")
 
 
-def draw_edges(shown, results, path):
+def draw_edges(studies, results, path):
     """Figures 4a and 5: explained effect of circuits, and cumulative |score|, over edges kept."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, s in shown.items():
-        left.plot(s["numbers"], s["f"], "o-", markersize=3, color=COLORS[name],
-                  label=f"{name}, of {len(s['graph']):,}")
-        x = np.arange(1, len(s["of_mean"]) + 1)
-        right.plot(x, s["of_mean"].numpy(), ":", color=COLORS[name], label=f"{name}, scores averaged first")
-        right.plot(x, s["of_each"].numpy(), "-", color=COLORS[name], label=f"{name}, mean of sentences' curves")
-    for axis in (left, right):
-        axis.axhline(0.9, color="black", linewidth=0.8, linestyle=":")
-        axis.set_xscale("log")
+    for name, study in studies.items():
+        left.plot(study.edges.sizes, study.edges.effect(), "o-", markersize=3, color=COLORS[name],
+                  label=f"{name}, of {len(study.graph):,}")
+        for shares, line, averaged in zip(study.shares, (":", "-"), (
+                "scores averaged first", "mean of sentences' curves")):
+            right.plot(range(1, len(shares) + 1), shares.numpy(), line, color=COLORS[name],
+                       label=f"{name}, {averaged}")
     ratio, (low, high) = results["ratio"], results["interval"]["edges_for_0.9"]
-    left.set(title=f"{said(ratio['edges_for_0.9'])} edges for 0.9 ({low:.2g} to {high:.2g})",
-             xlabel="edges in the circuit, before pruning", ylabel="explained effect",
-             ylim=(-0.25, max(1.4, 1.1 * max(max(s["f"]) for s in shown.values()))))
-    right.set(title=f"{said(ratio['edges_for_0.9_cumulative'])} edges (dotted), "
+    title = f"dense needs {ratio['edges_for_0.9']:.1f}x edges for 0.9 ({low:.2g} to {high:.2g})"
+    left.set(title=title, xlabel="edges in the circuit, before pruning", xscale="log")
+    right.set(title=f"dense needs {ratio['edges_for_0.9_cumulative']:.1f}x edges (dotted), "
                     f"{ratio['edges_for_0.9_cumulative_mean_of_curves']:.1f}x (solid)",
-              xlabel="edges", ylabel="share of the sum of |scores|", ylim=(0, 1.05))
-    left.legend(fontsize=8, loc="upper left")
+              xlabel="edges", ylabel="share of the sum of |scores|", ylim=(0, 1.05), xscale="log")
+    effect_axis(left, [study.edges for study in studies.values()])
+    right.axhline(0.9, color="black", linewidth=0.8, linestyle=":")
     right.legend(fontsize=8, loc="lower right")
     save_figure(figure, path)
 
 
-def draw_circuits(shown, path):
+def draw_circuits(studies, path):
     """Figure 4b: the heads and MLPs of the edges that hold 0.9 of the sum of |scores|, as a grid."""
     figure = Figure(figsize=(10, 5), layout="constrained")
-    for axis, (name, s) in zip(figure.subplots(1, 2), shown.items()):
-        graph, edges = s["graph"], s["circuit"]
+    for axis, (name, study) in zip(figure.subplots(1, 2), studies.items()):
+        graph, edges, size = study.graph, study.by_score, study.graph.group
         L, H = graph.config.n_layer, graph.config.n_head
-        heads, mlps = graph.nodes(edges)
-        place = {"input": ((H - 1) / 2, -1), "logits": ((H - 1) / 2, L)}
+        place = {"input": ((H - 1) / 2, -1), "logits": ((H - 1) / 2, L)}  # x, y
         place |= {f"m{l}": (H, l + 0.35) for l in range(L)}
         place |= {f"a{l}.h{h}": (h, l) for l in range(L) for h in range(H)}
-        size = H // graph.config.n_kv_head
-        links = {}
+        groups = {f"a{l}.g{g}": ((g + 0.5) * size - 0.5, l) for l in range(L) for g in range(H // size)}
+        links = {}  # (place, place): sum of |scores|
         for u, v in edges.nonzero().tolist():
-            target = graph.destinations[v].split("<")[0]
-            if ".g" in target:  # a group's heads read together: draw to the middle of them
-                l, g = target.split(".g")
-                place[target] = ((int(g) + 0.5) * size - 0.5, int(l[1:]))
-            pair = (graph.sources[u], target)
-            links[pair] = links.get(pair, 0) + s["mean"][u, v].abs().item()
-        top = max(links.values(), default=1)
-        strength = np.array([weight / top for weight in links.values()])
-        axis.add_collection(LineCollection(
-            [(place[u], place[v]) for u, v in links], colors=COLORS[name], linewidths=0.3 + 2 * strength,
-            alpha=0.05 + 0.85 * strength**0.5, capstyle="round"))
-        kept = {graph.sources[u] for u in edges.any(1).nonzero().flatten().tolist()}
+            reader = graph.destinations[v].split("<")[0]
+            link = place[graph.sources[u]], (place | groups)[reader]  # a group: its heads' middle
+            links[link] = links.get(link, 0) + study.mean[u, v].abs().item()
+        strength = np.array(list(links.values())) / max(links.values(), default=1)
+        axis.add_collection(LineCollection(list(links), colors=COLORS[name], capstyle="round",
+                                           linewidths=0.3 + 2 * strength, alpha=0.05 + 0.85 * strength**0.5))
+        kept = [source for source, used in zip(graph.sources, edges.any(1)) if used]
         for node, (x, y) in place.items():
-            if ".g" not in node:
-                on = node in kept or node == "logits"
-                axis.plot(x, y, "s" if node[0] == "m" else "o", color="black" if on else "0.85",
-                          markersize=min(12, max(2, 60 / max(L, H))) * (1 if on else 0.5), zorder=3)
+            used = node in kept or node == "logits"
+            axis.plot(x, y, "s" if node[0] == "m" else "o", color="black" if used else "0.85",
+                      markersize=min(12, max(2, 60 / max(L, H))) * (1 if used else 0.5), zorder=3)
+        kinds = [node[0] for node in kept]
         axis.set(title=f"{name}: {int(edges.sum()):,} edges hold 0.9 of the sum of |scores|,\n"
-                       f"{heads} heads, {mlps} MLPs", xlim=(-0.7, H + 0.5), ylim=(-1.6, L + 0.6),
-                 xlabel="head (right: MLP)", ylabel="layer (bottom: embedding, top: logits)")
-        axis.set_xticks(range(0, H, max(1, H // 8)))
-        axis.set_yticks(range(0, L, max(1, L // 8)))
+                       f"{kinds.count('a')} heads, {kinds.count('m')} MLPs", xlim=(-0.7, H + 0.5),
+                 ylim=(-1.6, L + 0.6), xlabel="head (right: MLP)",
+                 ylabel="layer (bottom: embedding, top: logits)",
+                 xticks=range(0, H, max(1, H // 8)), yticks=range(0, L, max(1, L // 8)))
     save_figure(figure, path)
 
 
@@ -113,8 +139,7 @@ def draw_maps(rows, labels, path, title=None):
     ticks, labels = range(len(labels)), [literal(label) for label in labels]
     for axis in axes.flat[sum(map(len, rows)):]:
         axis.axis("off")
-    for n, (name, weights) in enumerate(sum(rows, [])):
-        axis = axes.flat[n]
+    for axis, (name, weights) in zip(axes.flat, sum(rows, [])):
         shades = weights.clamp(min=1e-3).where(weights > 0, torch.nan)
         image = axis.imshow(shades.numpy(), cmap="viridis", norm=LogNorm(1e-3, 1))
         axis.set_title(f"{name}\n{int((weights > 0).sum())} open", fontsize=9)
@@ -131,7 +156,10 @@ def draw_maps(rows, labels, path, title=None):
 
 
 def draw_tokens(strength, counts, labels, path):
-    """The token graph of one sentence: gates, open in one of the runs, from (token, layer) to the next."""
+    """The token graph of one sentence: gates, open in one of the runs, from (token, layer) to the next.
+
+    strength (n_layer, T, T): |score| of a token edge, summed over heads; nan where no gate is open.
+    """
     L, T = strength.shape[:2]
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     axis = figure.subplots()
@@ -142,7 +170,7 @@ def draw_tokens(strength, counts, labels, path):
                   linewidth=0.4 + 3 * share, alpha=0.25 + 0.75 * share**0.5)
     x, y = np.meshgrid(range(T), range(L + 1))
     axis.plot(x.ravel(), y.ravel(), "o", color="black", markersize=2)
-    axis.set_xticks(range(T), [literal(label) for label in labels], rotation=60, ha="right", fontsize=8)
+    axis.set_xticks(range(T), [*map(literal, labels)], rotation=60, ha="right", fontsize=8)
     axis.set(ylabel="layer", yticks=range(0, L + 1, max(1, L // 8)),
              xlabel="token (orange: |score| above 2% of the largest; width: |score|)",
              title=f"{counts['open in both']:,} gates open in both runs, {counts['closes']:,} close, "

@@ -21,7 +21,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 from model import Config, Transformer
 from patching import edge_attribution
 from plumbing.flags import open_folder, run, write_results
-from sparse import peak_memory
+from plumbing.runs import peak_memory
 
 LETTER = {"q_input": "<q>", "k_input": "<k>", "v_input": "<v>"}
 

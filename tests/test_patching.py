@@ -177,27 +177,31 @@ def runs(name, qkv="split"):
         return by_hand(model, clean, qkv=qkv), by_hand(model, corrupt, qkv=qkv)
 
 
-def slope(name, qkv, pairs, steps=0, eps=3e-4):
-    """d metric / d share of (corrupt - clean) carried by the edges `pairs`, mean over prompts.
+@cache
+def slopes(name, qkv="split", steps=0):
+    """{edge: d metric / d share of (corrupt - clean) that this edge carries}, mean over prompts.
 
-    Central differences of fourth order with the gates held. steps > 0: the mean of the slopes at
-    that many midpoints between corrupt and clean embedding, each with the gates of its own run.
+    Autograd through the written-out pass, gates held. steps > 0: the mean of the slopes at that many
+    midpoints between corrupt and clean embedding, each with the gates of its own run.
     """
     model, clean, _ = build(name)
     at, other = runs(name, qkv)
     change = {u: other.a[u] - at.a[u] for u in at.a}
-    z, z_corrupt, total = at.a["input"], other.a["input"], 0.0
+    share = {edge: torch.zeros((), dtype=torch.float64, requires_grad=True) for edge in at.edges}
+    total = dict.fromkeys(share, 0.0)
     for k in range(max(steps, 1)):
-        here = z_corrupt + (k + 0.5) / steps * (z - z_corrupt) if steps else z
-        with torch.no_grad():
-            gates = by_hand(model, clean, embed=here, qkv=qkv).gates
-            for times, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):
-                def carry(u, v, a):
-                    return a + times * eps * change[u] if (u, v) in pairs else a
+        here = other.a["input"] - (k + 0.5) / steps * change["input"] if steps else at.a["input"]
+        gates = by_hand(model, clean, embed=here, qkv=qkv).gates
+        run = by_hand(model, clean, lambda u, v, a: a + share[u, v] * change[u], gates, qkv, here)
+        for edge, g in zip(share, torch.autograd.grad(metric(run.logits).mean(), [*share.values()])):
+            total[edge] += g.item() / max(steps, 1)
+    return total
 
-                M = metric(by_hand(model, clean, carry, gates, qkv, here).logits).mean().item()
-                total += weight * M / (12 * eps)
-    return total / max(steps, 1)
+
+def node_slopes(name):
+    """{source: the same of all its edges at once}."""
+    return {u: sum(slope for (source, _), slope in slopes(name).items() if source == u)
+            for u in runs(name)[0].a}
 
 
 def mask_of(graph, pairs):
@@ -248,15 +252,34 @@ def test_the_gated_models_have_gates_of_every_kind(name):
 
 
 @every_model
+@both_qkv
+def test_oracle_slopes_are_differences(name, qkv):
+    """Autograd's slopes, of every seventh edge, against central differences of fourth order."""
+    model, clean, _ = build(name)
+    at, other = runs(name, qkv)
+    eps = 3e-4
+    for edge in at.edges[::7]:
+        total = 0.0
+        for times, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):
+            def carry(u, v, a):
+                return a + times * eps * (other.a[u] - at.a[u]) if (u, v) == edge else a
+
+            with torch.no_grad():
+                M = metric(by_hand(model, clean, carry, at.gates, qkv).logits).mean().item()
+            total += weight * M / (12 * eps)
+        assert slopes(name, qkv)[edge] == pytest.approx(total, rel=1e-6, abs=1e-8)
+
+
+@every_model
 def test_oracle_slope_of_a_node_is_the_models(name):
     """All edges of one source at once: the same slope as adding to the model's own activation.
 
-    The model's is a difference too, so small that no gate turns: its autograd is straight-through.
+    The model's is a difference, so small that no gate turns: its autograd is straight-through.
     """
     model, clean, _ = build(name)
     at, other = runs(name)
-    eps, H = 1e-6, model.config.n_head
-    for u in at.a:
+    eps = 1e-6
+    for u, slope in node_slopes(name).items():
         change = other.a[u] - at.a[u]
 
         def run(e):
@@ -265,35 +288,29 @@ def test_oracle_slope_of_a_node_is_the_models(name):
             with torch.no_grad():
                 return metric(model(clean, tap=tap)[0]).mean().item()
 
-        want = (run(eps) - run(-eps)) / (2 * eps)
-        got = slope(name, "split", [(s, v) for s, v in at.edges if s == u])
-        assert got == pytest.approx(want, rel=1e-5, abs=1e-7)
-    assert len(at.a) == 1 + 2 * (H + 1)
+        assert slope == pytest.approx((run(eps) - run(-eps)) / (2 * eps), rel=1e-5, abs=1e-7)
+    assert len(at.a) == 1 + 2 * (model.config.n_head + 1)
 
 
 @pytest.mark.parametrize("name", UNGATED)
-def test_oracle_slope_of_a_node_is_autograds(name):
+def test_oracle_slope_of_a_head_is_autograds(name):
     """Without gates the model's own gradient at z gives the same."""
-    model, clean, _ = build(name)
-    at, other = runs(name)
+    model, clean, corrupt = build(name)
     kept = {}
 
     def tap(key, t):
-        if key.endswith(".z"):
-            kept[key] = t
-        return t
+        return kept.setdefault(key, t) if key.endswith(".z") else t
 
-    M = metric(model(clean, tap=tap)[0]).mean()
-    gradients = torch.autograd.grad(M, list(kept.values()))
+    gradients = torch.autograd.grad(metric(model(clean, tap=tap)[0]).mean(), [
+        kept[f"h{l}.attn.z"] for l in range(model.config.n_layer)])
+    clean_z, kept = kept, {}
     with torch.no_grad():
-        clean_z = {key: t.clone() for key, t in kept.items()}
-        model(build(name)[2], tap=tap)
+        model(corrupt, tap=tap)
     for l, g in enumerate(gradients):
         change = kept[f"h{l}.attn.z"] - clean_z[f"h{l}.attn.z"]
         for h in range(model.config.n_head):
             want = (change * g)[:, :, h].sum().item()
-            got = slope(name, "split", [(u, v) for u, v in at.edges if u == f"a{l}.h{h}"])
-            assert got == pytest.approx(want, rel=1e-6, abs=1e-9)
+            assert node_slopes(name)[f"a{l}.h{h}"] == pytest.approx(want, rel=1e-6, abs=1e-9)
 
 
 # -----------------------------------------------------------------------------
@@ -353,11 +370,10 @@ def test_edge_scores_are_slopes(patching, name, qkv):
     """Each score is the slope of the metric as that one edge moves from clean to corrupt."""
     model, clean, corrupt = build(name)
     scores, graph = patching.edge_attribution(model, clean, corrupt, metric, qkv=qkv)
-    want = {edge: slope(name, qkv, [edge]) for edge in runs(name, qkv)[0].edges}
-    close(scores, matrix_of(graph, want))
+    close(scores, matrix_of(graph, slopes(name, qkv)))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "two-groups-gated"])
+@every_model
 @both_qkv
 def test_integrated_edge_scores_are_mean_slopes(patching, name, qkv):
     """ig_steps=3: the mean slope at three midpoints, the embedding alone interpolated.
@@ -366,8 +382,7 @@ def test_integrated_edge_scores_are_mean_slopes(patching, name, qkv):
     """
     model, clean, corrupt = build(name)
     scores, graph = patching.edge_attribution(model, clean, corrupt, metric, qkv=qkv, ig_steps=3)
-    want = {edge: slope(name, qkv, [edge], steps=3) for edge in runs(name, qkv)[0].edges}
-    close(scores, matrix_of(graph, want))
+    close(scores, matrix_of(graph, slopes(name, qkv, steps=3)))
 
 
 @pytest.mark.parametrize("name", UNGATED)
@@ -377,22 +392,19 @@ def test_integrated_scores_are_complete(patching, name, qkv):
     model, clean, corrupt = build(name)
     with torch.no_grad():
         gap = (metric(model(corrupt)[0]) - metric(model(clean)[0])).mean().item()
-    scores, _ = patching.edge_attribution(model, clean, corrupt, metric, qkv=qkv, ig_steps=200)
+    scores, _ = patching.edge_attribution(model, clean, corrupt, metric, qkv=qkv, ig_steps=50)
     assert scores[0].sum().item() == pytest.approx(gap, rel=0.01)
 
 
 @every_model
 @both_qkv
 def test_node_scores_are_sums_of_edge_scores(patching, name, qkv):
-    """A source's score is its slope, and the sum over its outgoing edges."""
+    """A source's own slope, of all that it writes, is the sum over its outgoing edges."""
     model, clean, corrupt = build(name)
-    nodes = patching.node_scores(model, clean, corrupt, metric)
     scores, graph = patching.edge_attribution(model, clean, corrupt, metric, qkv=qkv)
-    assert nodes.shape == (len(graph.sources),)
-    close(nodes, scores.double().sum(1), atol=1e-6 * scores.abs().max().item())
-    edges = runs(name, qkv)[0].edges
-    close(nodes, [slope(name, qkv, [(u, v) for u, v in edges if u == source])
-                  for source in graph.sources])
+    nodes = node_slopes(name)
+    assert list(nodes) == graph.sources
+    close(scores.double().sum(1), [*nodes.values()], atol=1e-6 * scores.abs().max().item())
 
 
 @every_model
@@ -419,10 +431,8 @@ def test_scores_are_means_over_prompts(patching, name):
     single = [patching.edge_attribution(model, clean[n:n + 1], corrupt[n:n + 1], metric)[0]
               for n in range(len(clean))]
     close(whole, torch.stack(single).double().mean(0), atol=1e-6 * whole.abs().max().item())
-    nodes = patching.node_scores(model, clean, corrupt, metric)
-    single = [patching.node_scores(model, clean[n:n + 1], corrupt[n:n + 1], metric)
-              for n in range(len(clean))]
-    close(nodes, torch.stack(single).double().mean(0), atol=1e-6 * nodes.abs().max().item())
+    each = patching.edge_scores(model, patching.Graph(model.config), clean, corrupt, metric)
+    close(each, torch.stack(single), atol=1e-6 * whole.abs().max().item())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
@@ -432,7 +442,7 @@ def test_scores_of_a_float32_model(patching, name):
     model, clean, corrupt = build(name)
     single = Transformer(model.config)
     single.load_state_dict(model.state_dict())
-    for function in (patching.edge_attribution, patching.node_scores, patching.token_edges):
+    for function in (patching.edge_attribution, patching.token_edges):
         got, want = function(single, clean, corrupt, metric), function(model, clean, corrupt, metric)
         if function is patching.edge_attribution:
             got, want = got[0], want[0]
@@ -447,7 +457,6 @@ def test_nothing_corrupt_gives_exact_zeros(patching, name, qkv, ig_steps):
     model, clean, _ = build(name)
     scores = patching.edge_attribution(model, clean, clean, metric, qkv=qkv, ig_steps=ig_steps)[0]
     assert (scores == 0).all()
-    assert (patching.node_scores(model, clean, clean, metric) == 0).all()
     assert (patching.token_edges(model, clean, clean, metric) == 0).all()
 
 
@@ -466,16 +475,15 @@ def test_token_edges(patching, name):
     N, T = clean.shape
     L, H = model.config.n_layer, model.config.n_head
     assert got.shape == (N, L, H, T, T)
-    nodes = patching.node_scores(model, clean, corrupt, metric)
-    for number, (l, h) in enumerate(at.m):
+    for l, h in at.m:
         g = gradients[f"a{l}.h{h}"]
         want = torch.einsum("nijc,nic->nij", other.m[l, h] - at.m[l, h], g)
         close(got[:, l, h], want)
         assert (got[:, l, h][~(at.gates[l, h] | other.gates[l, h])] == 0).all()
         close(got[:, l, h].sum(-1), ((other.a[f"a{l}.h{h}"] - at.a[f"a{l}.h{h}"]) * g).sum(-1),
               atol=1e-6 * want.abs().max().item())
-        node = nodes[1 + l * (H + 1) + h].item()
-        assert got[:, l, h].sum().item() / N == pytest.approx(node, rel=1e-4, abs=1e-5)
+        node = node_slopes(name)[f"a{l}.h{h}"]
+        assert got[:, l, h].sum().item() / N == pytest.approx(node, rel=1e-8, abs=1e-10)
 
 
 # -----------------------------------------------------------------------------
@@ -491,12 +499,13 @@ def test_full_and_empty_circuits(patching, name, qkv):
     with torch.no_grad():
         want = model(clean)[0], model(corrupt)[0]
         for edges, logits in zip((graph.edges, torch.zeros_like(graph.edges)), want):
-            got = patching.patch_edges(model, graph, clean, corrupt, edges)
+            got = patching.patch_edges(model, graph, clean, patching.ablated(model, corrupt), edges)
             assert got.shape == logits.shape
             torch.testing.assert_close(got, logits, rtol=0, atol=1e-8)
             torch.testing.assert_close(metric(got), metric(logits), rtol=0, atol=1e-5)
         for ablation in ("zero", "mean"):
-            got = patching.patch_edges(model, graph, clean, corrupt, graph.edges, ablation)
+            instead = patching.ablated(model, corrupt, ablation)
+            got = patching.patch_edges(model, graph, clean, instead, graph.edges)
             torch.testing.assert_close(got, want[0], rtol=0, atol=1e-8)
 
 
@@ -507,12 +516,25 @@ def test_one_edge_removed(patching, name, qkv):
     model, clean, corrupt = build(name)
     graph = patching.Graph(model.config, qkv)
     at, other = runs(name, qkv)
+    instead = patching.ablated(model, corrupt)
     for edge in at.edges:
         with torch.no_grad():
             want = by_hand(model, clean, lambda u, v, a: other.a[u] if (u, v) == edge else a, qkv=qkv)
-            got = patching.patch_edges(model, graph, clean, corrupt,
-                                       graph.edges & ~mask_of(graph, [edge]))
+            got = patching.patch_edges(model, graph, clean, instead, graph.edges & ~mask_of(graph, [edge]))
         torch.testing.assert_close(got, want.logits, rtol=0, atol=1e-8, msg=lambda m: f"{edge}: {m}")
+
+
+@pytest.mark.parametrize("name", ["gpt2-gated", "llama-gated"])
+def test_exact_edges_are_effects(patching, name):
+    """Of every edge, metric with it corrupt minus metric without a patch, the mean over prompts."""
+    model, clean, corrupt = build(name)
+    at, other = runs(name)
+    graph, want = patching.Graph(model.config), {}
+    for edge in at.edges:
+        with torch.no_grad():
+            run = by_hand(model, clean, lambda u, v, a: other.a[u] if (u, v) == edge else a)
+        want[edge] = (metric(run.logits) - metric(at.logits)).mean().item()
+    close(patching.exact_edges(model, graph, clean, corrupt, metric), matrix_of(graph, want))
 
 
 @every_model
@@ -533,7 +555,8 @@ def test_random_circuits(patching, name, qkv, ablation):
         keep = {edge for edge in at.edges if torch.rand((), generator=random) < share}
         with torch.no_grad():
             want = by_hand(model, clean, lambda u, v, a: a if (u, v) in keep else instead[u], qkv=qkv)
-            got = patching.patch_edges(model, graph, clean, corrupt, mask_of(graph, keep), ablation)
+            got = patching.patch_edges(model, graph, clean, patching.ablated(model, corrupt, ablation),
+                                       mask_of(graph, keep))
         torch.testing.assert_close(got, want.logits, rtol=0, atol=1e-8)
 
 
@@ -580,27 +603,20 @@ def test_keep_heads(patching, name):
 
     with torch.no_grad():
         want = by_hand(model, clean, change).logits
-        z = [patching.observe(model, idx).z for idx in (clean, corrupt)]
-        close(patching.keep_heads(model, clean, *z, kept), want)
-        close(patching.keep_heads(model, clean, *z, torch.ones_like(kept)), model(clean)[0])
+        both = [patching.record(model, idx) for idx in (clean, corrupt)]
+        close(patching.keep_heads(model, clean, *both, kept), want)
+        close(patching.keep_heads(model, clean, *both, torch.ones_like(kept)), model(clean)[0])
 
 
-# -----------------------------------------------------------------------------
-# circuits in numbers
-
-
-def test_explained_effect(patching):
-    """A ratio of means, not a mean of ratios: full 1, empty 0, half way .5."""
-    full, empty = torch.tensor([1.0, 5.0, 3.0]), torch.tensor([0.0, 1.0, -1.0])
-    assert float(patching.explained_effect(full, full, empty)) == 1
-    assert float(patching.explained_effect(empty, full, empty)) == 0
-    m = torch.tensor([1.0, 1.0, -1.0])  # ratios 1, 0, 0; of the means 1/3 over 3
-    assert float(patching.explained_effect(m, full, empty)) == pytest.approx(1 / 9, rel=1e-5)
-
-
-@pytest.mark.parametrize("f, want", [([0.0] * 9 + [1.0], (0.25, 0.749)), ([1.0] * 10, (0.999, 0.0)),
-                                     ([2.0] * 10, (1.998, 0.999))])
-def test_cpr_known_answers(patching, f, want):
-    """f = 0 but for f(1) = 1; f = 1; f = 2: the two areas to three digits."""
-    assert tuple(patching.FRACTIONS) == (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1)
-    assert tuple(round(float(x), 3) for x in patching.cpr(f)) == want
+@pytest.mark.parametrize("call", ["edge_attribution", "head_patching", "token_edges"])
+def test_bad_prompts_are_one_clear_line(patching, call):
+    """Pairs of two lengths, and prompts that are longer than the context."""
+    model, clean, corrupt = build("gpt2")
+    with pytest.raises(ValueError, match="must have one length, got .3, 5. and .3, 4.") as error:
+        getattr(patching, call)(model, clean, corrupt[:, 1:], metric)
+    assert "\n" not in str(error.value)
+    long = torch.zeros(1, 9, dtype=torch.int64)
+    with pytest.raises(ValueError, match="9 tokens do not fit the model's context of 8"):
+        getattr(patching, call)(model, long, long, metric)
+    with pytest.raises(ValueError, match="qkv must be split or merged, got 'both'"):
+        patching.edge_attribution(model, clean, corrupt, metric, qkv="both")

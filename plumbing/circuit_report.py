@@ -1,0 +1,356 @@
+"""
+Circuits in numbers: how many heads or edges explain 0.9 of the effect; results, tables, edges.csv.
+
+patching.py hands over its functions and its Graph; here they run over all prompts. Shapes: N
+prompts, L layers, H heads, S sources, V destinations, E edges in the order of graph.edges.nonzero().
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from plumbing.flags import replace_text
+from plumbing.tasks import CHARACTERS
+
+BATCH_TOKENS = 1024  # in one forward pass
+FRACTIONS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1)  # of the edges, where CPR is measured
+
+# -----------------------------------------------------------------------------
+# prompts and models
+
+
+def check_models(flags, dense, sparse):
+    """ValueError unless these Configs are of a dense model and of a gated one of the same shape."""
+    if dense.sparse:
+        raise ValueError(f"--dense {flags.dense} has gates: give the model before its "
+                         "post-training, or its dense control")
+    if not sparse.sparse:
+        raise ValueError(f"--sparse {flags.sparse} has no gates: give a checkpoint of a sparse "
+                         "run, or its --adapter")
+    for name in ("vocab_size", "n_layer", "n_head", "n_kv_head"):
+        if getattr(dense, name) != getattr(sparse, name):
+            raise ValueError(f"--dense has {name} {getattr(dense, name)} and --sparse "
+                             f"{getattr(sparse, name)}: not of one family")
+    if flags.task == "addition" and dense.vocab_size != len(CHARACTERS):
+        raise ValueError("--task addition is for the models of addition_toy.py")
+
+
+# -----------------------------------------------------------------------------
+# curves
+
+
+def explained_effect(m, full, empty):
+    """(m - empty) / (full - empty), of metrics (N,) a ratio of means and not a mean of ratios."""
+    return ((m.mean() - empty.mean()) / (full.mean() - empty.mean())).item()
+
+
+def first_above(sizes, effect, level=0.9):
+    """The first of sizes from which effect stays at or above the level, as it does at the last."""
+    return sizes[max((i + 1 for i, value in enumerate(effect[:-1]) if value < level), default=0)]
+
+
+def between(sizes, effect, points=4):
+    """Sizes between first_above and the one before it, evenly in the logarithm."""
+    last = sizes.index(first_above(sizes, effect))
+    if last == 0:
+        return []
+    inner = np.geomspace(max(1, sizes[last - 1]), sizes[last], points + 2).round().astype(int)
+    return sorted({*inner.tolist()} - {*sizes})
+
+
+def grid(total, per_decade):
+    """Sizes from 1 to total, about per_decade in a factor of ten."""
+    exponents = np.arange(0, np.log10(total), 1 / per_decade)
+    return sorted({*(int(round(10**e)) for e in exponents), total})
+
+
+@dataclass
+class Curve:
+    """The metric when only some heads or edges are left."""
+
+    sizes: list  # how many are left
+    metrics: torch.Tensor  # (len(sizes), N)
+    full: torch.Tensor  # (N,) with all of them
+    empty: torch.Tensor  # (N,) with none
+
+    def effect(self, rows=slice(None)):
+        """Explained effect at each size, over these prompts."""
+        return [explained_effect(m[rows], self.full[rows], self.empty[rows]) for m in self.metrics]
+
+    def needed(self, rows=slice(None)):
+        return first_above(self.sizes, self.effect(rows))
+
+    def quartiles(self):
+        """Of each prompt's effect (2, len(sizes)); how many had a gap too small to divide by."""
+        gap = self.full - self.empty
+        wide = gap.abs() > 0.05 * gap.abs().mean()
+        effects = ((self.metrics - self.empty) / gap)[:, wide]
+        return effects.quantile(torch.tensor([0.25, 0.75]), dim=1), int((~wide).sum())
+
+
+def trace(sizes, run, full, empty):
+    """The Curve over sizes, and some more where it crosses 0.9; run(sizes) -> (len(sizes), N)."""
+    curve = Curve(sizes, run(sizes), full, empty)
+    if more := between(sizes, curve.effect()):
+        metrics = torch.cat([curve.metrics, run(more)])[torch.tensor(sizes + more).argsort()]
+        curve = Curve(sorted(sizes + more), metrics, full, empty)
+    return curve
+
+
+def cpr(effect):
+    """(CPR, CMD) of explained effects at FRACTIONS of the edges: the areas of f and of |1 - f|."""
+    f, x = np.asarray(effect, dtype=float), np.asarray(FRACTIONS)
+    return float(np.trapezoid(f, x)), float(np.trapezoid(abs(1 - f), x))
+
+
+def cumulative(scores):
+    """Share of the sum of |scores| (..., E) that its n largest hold, n = 1 .. E; float64."""
+    ordered = scores.abs().sort(-1, descending=True).values.double()
+    return ordered.cumsum(-1) / ordered.sum(-1, keepdim=True).clamp(min=1e-300)
+
+
+def holding(shares, level=0.9):
+    """How many of the largest hold the level, of cumulative shares (E,)."""
+    return int((shares < level).sum()) + 1
+
+
+# -----------------------------------------------------------------------------
+# circuits as sets of edges, bool (S, V)
+
+
+def circuit(graph, value, n):
+    """The n edges of largest value (S, V), pruned."""
+    edges = torch.zeros_like(graph.edges)
+    edges.view(-1)[value.where(graph.edges, -torch.inf).flatten().topk(n).indices] = True
+    return prune(graph, edges)
+
+
+def prune(graph, edges):
+    """The edges that lie on a path from the input to the logits."""
+    edges = edges & graph.edges
+    reads = [[graph.column[name] for name in names] for names in graph.reads.values()]
+    for u in range(1, len(reads)):  # a node that reads nothing writes nothing of its own
+        edges[u] &= edges[:, reads[u]].any()
+    useful = torch.arange(len(graph.destinations)) == graph.column["logits"]
+    for u in reversed(range(len(reads))):  # what nobody reads is of no use
+        edges[u] &= useful
+        if edges[u].any():
+            useful[reads[u]] = True
+    return edges
+
+
+# -----------------------------------------------------------------------------
+# one model on one task
+
+
+class Study:
+    """A model's answers to all prompts of a task, and what they come to.
+
+    functions: record, head_patching, keep_heads, edge_scores, patch_edges, ablated of patching.py.
+    `check` leaves full and empty, the metric of clean and of corrupt prompts (N,), and accuracy.
+    `analyse` leaves numbers, for results.json; patched (N, L, H); heads {rank: Curve}; scores (N, E)
+    and their mean (S, V); edges, a Curve; shares, cumulative scores (E,) averaged in two ways; and the
+    circuits that hold 0.9, by_effect and by_score, bool (S, V).
+    """
+
+    def __init__(self, name, model, graph, flags, functions):
+        self.name, self.model, self.graph = name, model, graph
+        self.flags, self.do = flags, functions
+
+    def over_prompts(self, task, function, progress=None, dim=0):
+        """function(rows, clean, corrupt, metric) of some prompts at a time, joined on the CPU."""
+        def part(rows):
+            clean, corrupt = (idx[rows].to(self.flags.device) for idx in (task.clean, task.corrupt))
+            return function(rows, clean, corrupt, lambda logits: task.metric(logits, rows)).cpu()
+
+        parts = torch.arange(len(task.clean)).split(max(1, BATCH_TOKENS // task.clean.shape[1]))
+        return torch.cat([part(rows) for rows in self.bar(parts, progress)], dim)
+
+    def bar(self, items, progress):
+        off = None if progress else True  # None: on a terminal alone
+        return tqdm(items, desc=f"{self.name}: {progress}", disable=off, leave=False)
+
+    @torch.no_grad()
+    def behaviour(self, task):
+        """The metric of clean and of corrupt prompts, each (N,), and the share of right answers."""
+        def run(rows, clean, corrupt, metric):
+            logits = self.model(clean)[0]
+            full, empty = metric(logits), metric(self.model(corrupt)[0])
+            return torch.stack([full, empty, task.correct(logits, rows).to(full)])
+
+        full, empty, right = self.over_prompts(task, run, dim=1)
+        return full, empty, right.mean().item()
+
+    def check(self, task):
+        """Print the behaviour; ValueError if the model fails the task or there is no effect."""
+        self.full, self.empty, self.accuracy = self.behaviour(task)
+        full, empty, force = self.full.mean(), self.empty.mean(), self.flags.force
+        print(f"{self.name}: accuracy {self.accuracy:.1%}, {task.units} {full:.3f} on clean "
+              f"prompts, {empty:.3f} on corrupt ones", flush=True)
+        if self.accuracy < task.floor and not force:
+            raise ValueError(
+                f"{self.name}: right on {self.accuracy:.0%} of the {task.name} prompts, below "
+                f"{task.floor:.0%}: its circuit would say little; --force goes on")
+        if not abs(full - empty) >= 1e-3 or (full < empty and not force):  # nan, too
+            raise ValueError(
+                f"{self.name}: the {task.units} is not higher on clean prompts than on corrupt ones, "
+                f"{full:.4f} and {empty:.4f}: there is no effect to explain")
+        if len(self.graph) * len(self.full) > 2**28:
+            raise ValueError(f"--n {len(self.full)} prompts times {len(self.graph):,} edges are "
+                             "too many: lower --n")
+
+    def best_heads(self, task, place, sizes):
+        """(len(sizes), N): the metric when the heads of the first n places (N, L, H) are kept."""
+        def run(rows, clean, corrupt, metric):
+            runs = [self.do.record(self.model, idx) for idx in (clean, corrupt)]
+            here = place[rows].to(clean.device)
+            return torch.stack([metric(self.do.keep_heads(self.model, clean, *runs, here < n))
+                                for n in self.bar(sizes, "heads kept")])
+
+        return self.over_prompts(task, run, dim=1)
+
+    def score_edges(self, task, progress=None):
+        """(N, E)"""
+        return self.over_prompts(task, lambda rows, *batch: self.do.edge_scores(
+            self.model, self.graph, *batch, self.flags.ig_steps)[:, self.graph.edges], progress)
+
+    @torch.no_grad()
+    def run_circuits(self, task, value, sizes, progress=None):
+        """(len(sizes), N): the metric under the circuits of the n edges of largest value (S, V)."""
+        circuits, mean = [circuit(self.graph, value, n) for n in sizes], None
+        new = [i == 0 or not torch.equal(circuits[i - 1], circuits[i]) for i in range(len(sizes))]
+
+        def ablated(corrupt):
+            return self.do.ablated(self.model, corrupt, self.flags.ablation)
+
+        def run(rows, clean, corrupt, metric):
+            instead = ablated(corrupt) if mean is None else mean
+            return torch.stack([
+                metric(self.do.patch_edges(self.model, self.graph, clean, instead, edges))
+                for edges in self.bar([c for c, n in zip(circuits, new) if n], progress)])
+
+        if self.flags.ablation == "mean":  # over all prompts, whatever the batches
+            means = self.over_prompts(task, lambda rows, _, corrupt, __: len(rows) * ablated(corrupt))
+            mean = means.sum(0, keepdim=True).to(self.flags.device) / len(task.clean)
+        return self.over_prompts(task, run, dim=1)[torch.tensor(new).cumsum(0) - 1]
+
+    def analyse(self, task, second):
+        """Heads, edges, and how far the circuit carries: second is another draw of the prompts."""
+        self.patched = self.over_prompts(
+            task, lambda rows, *batch: self.do.head_patching(self.model, *batch), "heads")
+        once = self.patched.mean(0).expand_as(self.patched)
+        self.heads, sizes = {}, [0, *grid(once[0].numel(), self.flags.per_decade)]
+        for rank, value in (("per_sentence", self.patched), ("global", once)):
+            order = value.flatten(1).argsort(1, descending=True)
+            place = order.argsort(1).view_as(value)  # of each head in the order, 0 for the best
+            self.heads[rank] = trace(sizes, lambda n: self.best_heads(task, place, n),
+                                     self.full, self.empty)
+
+        graph, self.scores = self.graph, self.score_edges(task, "edges")
+        self.mean = torch.zeros(graph.edges.shape).masked_scatter(graph.edges, self.scores.mean(0))
+        if not self.mean.any():
+            raise ValueError(
+                f"every edge of the {self.name} model has the score 0: only gates that open or close "
+                "between the prompts carry the effect, and gradients do not see those")
+        size = self.mean.abs()
+        none = self.run_circuits(task, size, [0])[0]
+        self.edges = trace(grid(len(graph), self.flags.per_decade),
+                           lambda n: self.run_circuits(task, size, n, "circuits"), self.full, none)
+        self.shares = cumulative(self.scores.mean(0)), cumulative(self.scores).mean(0)
+        self.by_effect = circuit(graph, size, self.edges.needed())
+        self.by_score = circuit(graph, size, holding(self.shares[0]))
+        self.numbers = self.count() | self.carried_over(second)
+        if not self.flags.fast and len(graph) >= 1 / min(FRACTIONS):
+            sizes = [round(fraction * len(graph)) for fraction in FRACTIONS]
+            signed, unsigned = (Curve(sizes, self.run_circuits(task, value, sizes, "CPR"), self.full, none)
+                                for value in (-self.mean, size))
+            self.numbers |= {"cpr": cpr(signed.effect())[0], "cmd": cpr(unsigned.effect())[1]}
+
+    def count(self):
+        """The numbers of these prompts."""
+        writers = [name[0] for name, kept in zip(self.graph.sources, self.by_effect.any(1)) if kept]
+        heads, mlps = writers.count("a"), writers.count("m")
+        curves = {f"heads_{rank}": {"kept": curve.sizes, "explained_effect": curve.effect()}
+                  for rank, curve in self.heads.items()}
+        curves["edges"] = {"requested": self.edges.sizes, "explained_effect": self.edges.effect()}
+        return {
+            "n": len(self.full), "accuracy": self.accuracy, "metric_clean": self.full.mean().item(),
+            "metric_corrupt": self.empty.mean().item(), "edges": len(self.graph),
+            "nodes": len(self.graph.sources) - 1, "curves": curves,
+            **{f"heads_for_0.9_{rank}": curve.needed() for rank, curve in self.heads.items()},
+            "sentences_left_out_of_quartiles": self.heads["global"].quartiles()[1],
+            "edges_for_0.9": self.edges.needed(),
+            "edges_for_0.9_after_pruning": int(self.by_effect.sum()),
+            "heads_in_circuit": heads, "mlps_in_circuit": mlps, "nodes_for_0.9": heads + mlps,
+            "edges_for_0.9_cumulative": holding(self.shares[0]),
+            "edges_for_0.9_cumulative_mean_of_curves": holding(self.shares[1])}
+
+    def carried_over(self, second):
+        """The numbers of other prompts: does the circuit still explain, are the same edges largest?"""
+        full, _, accuracy = self.behaviour(second)
+        none, kept = self.run_circuits(second, self.mean.abs(), [0, self.edges.needed()])
+        n, both = holding(self.shares[0]), (self.scores.mean(0), self.score_edges(second).mean(0))
+        here, there = ({*scores.abs().topk(n).indices.tolist()} for scores in both)
+        return {"accuracy_on_other_prompts": accuracy,
+                "explained_effect_on_other_prompts": explained_effect(kept, full, none),
+                "jaccard_of_two_draws": len(here & there) / len(here | there)}
+
+    def bootstrap(self, seed, draws=200):
+        """{key: values over draws of N prompts with replacement}; the ranking of the edges stays."""
+        N, of_each = len(self.scores), cumulative(self.scores)
+        rows = torch.randint(N, (draws, N), generator=torch.Generator().manual_seed(seed % 2**63))
+        return {"edges_for_0.9": [self.edges.needed(r) for r in rows],
+                "edges_for_0.9_cumulative_mean_of_curves": [
+                    holding(of_each[r].mean(0)) for r in rows]}
+
+
+# -----------------------------------------------------------------------------
+# dense beside sparse
+
+
+def compare(studies, seed):
+    """The numbers of both, ratio dense / sparse, interval: of the ratios, 90% (bootstrap)."""
+    dense, sparse = (dict(study.numbers) for study in studies.values())
+    ratio = {key: dense[key] / sparse[key] for key in dense if "_for_0.9" in key and sparse[key]}
+    draws, intervals = [study.bootstrap(seed) for study in studies.values()], {}
+    for key in draws[0]:
+        pair = [values[key] for values in draws]
+        dense[key + "_interval"], sparse[key + "_interval"] = map(interval, pair)
+        intervals[key] = interval(np.divide(*pair))
+    return {"dense": dense, "sparse": sparse, "ratio": ratio, "interval": intervals}
+
+
+def interval(values):
+    """The middle 90% of bootstrap values: [low, high]."""
+    return [float(x) for x in np.quantile(np.asarray(values, dtype=float), (0.05, 0.95))]
+
+
+def print_table(results):
+    print(f"\n{'':42}{'dense':>10}{'sparse':>10}{'ratio':>8}  90% interval")
+    for key in [key for key, value in results["dense"].items() if isinstance(value, int | float)]:
+        cells = [f"{v:.3f}" if isinstance(v, float) else f"{v:,}"
+                 for v in (results[name][key] for name in ("dense", "sparse"))]
+        ratio, limits = results["ratio"].get(key), results["interval"].get(key)
+        print(f"{key:42}{cells[0]:>10}{cells[1]:>10}{f'{ratio:.1f}' if ratio else '':>8}"
+              + (f"  {limits[0]:.2g} to {limits[1]:.2g}" if limits else ""))
+
+
+def write_edges(studies, path):
+    """edges.csv: every edge by name, with its mean score in both models. Returns the path."""
+    graph, lines = studies["dense"].graph, [",".join(["source", "destination", *studies])]
+    for u, v in graph.edges.nonzero().tolist():
+        scores = [f"{study.mean[u, v]:.4g}" for study in studies.values()]
+        lines.append(",".join([graph.sources[u], graph.destinations[v], *scores]))
+    replace_text(path, "\n".join(lines) + "\n")
+    return path
+
+
+def count_gates(before, after, causal):
+    """How many gates are open in both runs, close, open, or are shut, by A a (L, H, T, T) of each."""
+    before, after, T = before > 0, after > 0, before.shape[-1]
+    counts = {"open in both": before & after, "closes": before & ~after, "opens": ~before & after}
+    counts = {name: int(pairs.sum()) for name, pairs in counts.items()}
+    allowed = before[..., 0, 0].numel() * (T * (T + 1) // 2 if causal else T * T)
+    return counts | {"shut in both": allowed - sum(counts.values())}
