@@ -27,6 +27,9 @@ from dataclasses import dataclass
 
 import torch
 
+from plumbing.figures import draw_geco
+from plumbing.flags import open_folder, run, write_results
+
 
 class GECO:
     """The multiplier of one constraint C <= tau; equations 1-5. Its state is two floats.
@@ -95,9 +98,6 @@ class Flags:
 
 
 def main(flags):
-    from plumbing.figures import draw_geco
-    from plumbing.flags import open_folder, write_results
-
     started, picture = time.time(), os.path.join(open_folder(flags.out), "geco.png")
     torch.manual_seed(0)
     print("minimise x^2 + y^2 subject to (x - 3)^2 + (y - 4)^2 <= tau, seen through noise")
@@ -117,13 +117,10 @@ def main(flags):
     expected = {"objective": (5 - radius) ** 2, "constraint": flags.tau, "lambda": 5 / radius - 1}
     measured = dict(zip(expected, torch.tensor(trace[-max(1, flags.steps // 10):]).mean(0).tolist()))
     for name in expected:
-        print(f"  {name:10} expected {expected[name]:7.4f}   measured {measured[name]:7.4f}, "
-              "the mean of the last tenth of the steps")
+        print(f"  {name:10} expected {expected[name]:7.4f}   measured {measured[name]:7.4f}, late mean")
     draw_geco(trace, expected, picture)
     print("wrote", write_results(flags.out, started, expected=expected, measured=measured), picture)
 
 
 if __name__ == "__main__":
-    from plumbing import flags
-
-    flags.run(main, Flags, __doc__)
+    run(main, Flags, __doc__)

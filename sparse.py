@@ -24,6 +24,7 @@ import torch
 
 from plumbing import kernel
 from plumbing.chunked import chunked
+from plumbing.flags import run
 
 
 def allowed_pairs(T, causal, device=None):
@@ -96,13 +97,12 @@ SMALL = 2**17  # logits up to which naive is faster than chunked on a CPU, measu
 
 
 def choose(impl, q):
-    """(form, the dtype it computes in) of naive, chunked, triton, or of "auto": the fastest for q.
-
-    chunked is naive in tiles, with memory linear in T. triton is one kernel on a GPU; auto takes it
-    once it has agreed with naive on a small case.
+    """(form, the dtype it computes in). chunked is naive in tiles, with memory linear in T; triton is
+    one kernel on a GPU; "auto" is the fastest, the kernel only once it has agreed with naive.
     """
     if impl == "auto":
-        impl = "naive" if q.shape[:3].numel() * q.shape[2] <= SMALL else "chunked"
+        small = q.shape[:3].numel() * q.shape[2] <= SMALL and not torch.compiler.is_compiling()
+        impl = "naive" if small else "chunked"  # torch's CPU compiler crashes on naive's backward pass
         if q.is_cuda and kernel.fits(q):
             impl = "triton" if kernel.agrees(q, naive, noise_keys) else "chunked"
     if impl == "triton":
@@ -197,6 +197,4 @@ def main(flags):
 
 
 if __name__ == "__main__":
-    from plumbing.flags import run
-
     run(main, Flags, __doc__)

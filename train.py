@@ -16,9 +16,7 @@ sparsest state within tau, with deterministic gates, is kept as best.pt and repo
 """
 
 import math
-import os
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -179,10 +177,7 @@ def evaluate(model, blocks, batch_size, amp, teacher=None, sampled=False):
 
 
 def train(flags, saved=None):
-    """A run to its end, or the rest of one that `saved` holds. Returns its results.
-
-    Writes checkpoints, log.jsonl, figures and results.json into flags.out.
-    """
+    """A run to its end, or the rest of one that `saved` holds: fills flags.out, returns the results."""
     started, device = time.time(), pick_device(flags.device)
     open_folder(flags.out)
     half = flags.dtype == "bfloat16" or (flags.dtype == "auto" and device == "cuda")
@@ -239,8 +234,7 @@ def train(flags, saved=None):
     print(f"{flags.init}: {runs.size_of(model)} on {device}, {fsdp.world()} rank(s); {flags.steps} steps of "
           f"{per_step:,} tokens, context {context}\nheld-out CE at the start, dense: {ce_dense['val']:.4f} nats; "
           f"a model that knows nothing has ln({config.vocab_size}) = {math.log(config.vocab_size):.4f}")
-    if flags.sparse:
-        print(f"tau = {tau:.4f}: the fewest open edges at a held-out {flags.bound.upper()} of at most that")
+    print(f"tau = {tau:.4f}: the fewest open edges at a held-out {flags.bound} of at most that" * flags.sparse)
     forward = torch.compile(model) if flags.compile else model
     size = flags.batch_size // fsdp.world()  # sequences of this rank at a time
 
@@ -303,31 +297,12 @@ def train(flags, saved=None):
         run.leave(run.last)
     results = run.costs() | {"tau": tau, "ce_dense": ce_dense["test"]}
     results |= {"ce_dense_control": control["ce"]} if control else {}
-    results |= report(flags, run, model, partial(measure, blocks=fixed["test"], teacher=teacher), best, trace)
+    results |= run.report(model, partial(measure, blocks=fixed["test"], teacher=teacher), best, trace)
     on_test = [name for name in results if name.startswith("ce") and name != "ce_val"]
     print("test text, nats a token:", *(f"{name} {results[name]:.4f}" for name in on_test))
     if fsdp.rank() == 0:
         print("wrote", write_results(flags.out, started, device, **results))
     return results
-
-
-def report(flags, run, model, measure, best, trace):
-    """The numbers on test text: of the last state, and of the best one, which it loads."""
-    if flags.fsdp and not flags.lora:
-        run.export("last", flags.steps, model)  # the final weights in one file
-    last = measure(model)
-    if not flags.sparse:
-        return {"ce": last["ce"], "ce_val": trace[-1]["ce"]}
-    if best:
-        run.load_best(model)
-    else:
-        print("no state met the bound: the last one is reported; more --steps or --slack may help")
-    kept, sampled = measure(model), measure(model, sampled=True)
-    per_query = kept["open"] * (run.context + 1) / 2  # a query sees (context + 1) / 2 keys on average
-    print(f"open edges {kept['open']:.2%}, {per_query:.2f} a query and head at context {run.context}")
-    return {"ce_sparse": kept["ce"], "ce_sparse_sampled": sampled["ce"], "kl_sparse": kept.get("kl"),
-            "open_frac": kept["open"], "open_edges_per_query": per_query, "heads": kept["heads"],
-            "best_step": best and best["step"], "ce_last": last["ce"], "open_frac_last": last["open"]}
 
 
 # -----------------------------------------------------------------------------
@@ -336,29 +311,26 @@ def report(flags, run, model, measure, best, trace):
 
 def dense_base(flags):
     """The checkpoint of a dense model from scratch, trained first if it is not there yet."""
-    base = replace(flags, sparse=False, steps=flags.dense_steps, lr=DENSE_LR, out=os.path.join(flags.out, "dense"),
+    base = replace(flags, sparse=False, steps=flags.dense_steps, lr=DENSE_LR, out=f"{flags.out}/dense",
                    gate_bias=None, bound="ce", slack=Flags.slack, tau=None, control=None)
-    print(f"from scratch: first {base.steps} steps of a dense base in {base.out}, then {flags.steps} more; "
-          "as it comes, about 5 minutes on 2 cores")
+    print(f"from scratch: {base.steps} steps of a dense base in {base.out}, then {flags.steps} more; 5 to 12 minutes")
     if flags.overwrite and fsdp.rank() == 0:
         runs.remove_old(flags.out)  # it has no base any more
     if flags.overwrite or not runs.is_same_base(base):
         stopped = not flags.overwrite and runs.newest(base.out)
         train(base, fsdp.read(stopped) if stopped else None)
         fsdp.wait()  # for rank 0's file
-    return os.path.join(base.out, "last.pt")
+    return f"{base.out}/last.pt"
 
 
 def main(flags):
-    saved = None
-    if flags.resume:
-        flags, saved = runs.resume(flags)
+    flags, saved = runs.resume(flags) if flags.resume else (flags, None)
     flags.out = flags.out or runs.default_out(flags)
     if not saved:
         runs.check_folder(flags)
     if flags.dry_run:
         return plan.show(flags, Transformer, Config(**weights.read_fields(flags.init) | {"sparse": flags.sparse}))
-    with fsdp.process_group(pick_device(flags.device), flags.out) if flags.fsdp else nullcontext():
+    with fsdp.process_group(flags.fsdp, pick_device(flags.device), flags.out):
         if flags.batch_size % fsdp.world():
             raise ValueError(f"--batch-size {flags.batch_size} is over all ranks and must be a multiple "
                              f"of their number, {fsdp.world()}")

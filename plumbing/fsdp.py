@@ -33,8 +33,14 @@ def world():
 
 
 @contextlib.contextmanager
-def process_group(device, folder):
-    """Join the other ranks of torchrun; only rank 0 prints. folder: where the checkpoints are."""
+def process_group(wanted, device, folder):
+    """Join the other ranks of torchrun, if that is wanted; only rank 0 prints.
+
+    folder: where the checkpoints are, for the message when another rank has failed.
+    """
+    if not wanted:
+        yield
+        return
     on_failure = (f"this rank ends because another one has failed; the last checkpoint is in {folder}: "
                   f"go on with torchrun ... train.py --fsdp --resume {folder}")
     if "RANK" not in os.environ:

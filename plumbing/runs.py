@@ -249,6 +249,27 @@ class Run:
                 "median_tokens_per_second": round(statistics.median(self.rates or [tokens / self.seconds])),
                 "training_seconds": round(self.seconds, 1), "peak_memory_gib": peak_memory(self.device)}
 
+    def report(self, model, measure, best, trace):
+        """Losses and open edges on test text: of the last state, and of the best one, which it loads.
+
+        measure(model, sampled=False): train.py's evaluate on the test blocks.
+        """
+        if self.flags.fsdp and not self.flags.lora:
+            self.export("last", self.flags.steps, model)  # the final weights in one file
+        last = measure(model)
+        if not self.flags.sparse:
+            return {"ce": last["ce"], "ce_val": trace[-1]["ce"]}
+        if best:
+            self.load_best(model)
+        else:
+            print("no state met the bound: the last one is reported; more --steps or --slack may help")
+        kept, sampled = measure(model), measure(model, sampled=True)
+        per_query = kept["open"] * (self.context + 1) / 2  # a query sees (context + 1) / 2 keys on average
+        print(f"open edges {kept['open']:.2%}, {per_query:.2f} a query and head at context {self.context}")
+        return {"ce_sparse": kept["ce"], "ce_sparse_sampled": sampled["ce"], "kl_sparse": kept.get("kl"),
+                "open_frac": kept["open"], "open_edges_per_query": per_query, "heads": kept["heads"],
+                "best_step": best and best["step"], "ce_last": last["ce"], "open_frac_last": last["open"]}
+
     @property
     def adapter(self):
         return os.path.join(self.flags.out, "adapter.safetensors")
@@ -256,7 +277,8 @@ class Run:
     def leave(self, step):
         """The end of a sitting before the last step."""
         base = self.flags.init == "scratch"  # its checkpoint alone does not know what comes after it
-        how = "the same command" + " without --overwrite" * self.flags.overwrite if base else f"python train.py --resume {self.flags.out}"
+        again = "the same command" + " without --overwrite" * self.flags.overwrite
+        how = again if base else f"python train.py --resume {self.flags.out}"
         print(f"saved step {step} of {self.flags.steps}; go on with: {how}")
         sys.exit(self.exit_code)
 

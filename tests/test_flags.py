@@ -1,9 +1,12 @@
 """Command lines and result files."""
 
+import importlib
 import json
+import math
 import os
 import subprocess
 import sys
+import types
 from dataclasses import dataclass
 
 import pytest
@@ -46,7 +49,8 @@ def test_help_shows_every_comment_and_default(capsys):
 
 @pytest.mark.parametrize(
     "argv, message",
-    [(["--lr", "abc"], "--lr: invalid float value: 'abc'"), (["--stepz", "3"], "did you mean --steps"),
+    [(["--lr", "abc"], "--lr: invalid float value: 'abc'"),
+     (["--stepz", "3"], "did you mean --steps"),
      (["--lr"], "expected one argument"), (["--steps", "0"], "must be at least 1"),
      (["--st", "3"], "unknown flag --st"), (["stray"], "stray"), (["--compile=1"], "--compile")]
 )
@@ -57,16 +61,50 @@ def test_bad_flags_are_value_errors(argv, message):
 
 @pytest.mark.parametrize(
     "command, message",
-    [("geco.py --tau 0", "--tau"), ("geco.py --steps 0", "--steps"), ("sparse.py --rounds 0", "--rounds"),
-     ("addition_toy.py --tries 0", "--tries"), ("addition_toy.py --triez 5", "did you mean --tries"),
-     ("addition_toy.py --slack 0", "--slack"), ("addition_toy.py --n-head 3", "n_head 3"),
-     ("addition_toy.py --out /proc/nowhere", "output folder"),
-     ("geco.py --out /proc/nowhere", "output folder")]
+    [("geco --tau 0", "--tau"), ("geco --steps 0", "--steps"), ("sparse --bias x", "--bias"),
+     ("plumbing.attention_cost --rounds 0", "--rounds must be at least 1"),
+     ("addition_toy --tries 0", "--tries"), ("addition_toy --triez 5", "did you mean --tries"),
+     ("addition_toy --slack 0", "--slack"), ("addition_toy --n-head 3", "n_head 3"),
+     ("addition_toy --out /proc/nowhere", "output folder"), ("model --tokens 0", "--tokens must be at least 1"),
+     ("model --init nowhere", "no file or folder here"), ("geco --out /proc/nowhere", "output folder")]
 )
-def test_scripts_end_bad_input_with_one_line_and_code_2(command, message, tmp_path):
-    run = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1 and message in run.stderr
+def test_scripts_end_bad_input_with_one_line_and_code_2(command, message, monkeypatch, capsys):
+    name, *argv = command.split()
+    script = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *argv])
+    with pytest.raises(SystemExit) as stop:
+        flags.run(script.main, script.Flags, script.__doc__)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_as_a_command_of_its_own():
+    run = subprocess.run([sys.executable, "geco.py", "--tau", "0"], cwd=ROOT, capture_output=True,
+                         text=True)
+    assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "rule, good, bad",
+    [("at least 1", [1, 7, None], [0, -1, 0.5]), ("not negative", [0, 0.0, 3, None], [-1e-9, math.inf, math.nan]),
+     ("positive", [1e-9, 5, None], [0, 0.0, -1, math.inf, math.nan]), ("finite", [-3.0, 0], [math.inf, math.nan]),
+     ("ce | kl", ["ce", "kl", None], ["c", "", "ce | kl"])]
+)
+def test_the_table_of_rules(rule, good, bad):
+    """A value within the rule passes, as does a flag that was not given; another is named in the error."""
+    for value in good:
+        flags.check(types.SimpleNamespace(a=1, data_dir=value), {"data_dir": rule})
+    for value in bad:
+        with pytest.raises(ValueError, match="--data-dir must be .*got") as error:
+            flags.check(types.SimpleNamespace(a=1, data_dir=value),
+                        {"a": "at least 1", "data_dir": rule})
+        assert repr(value) in str(error.value)
+
+
+def test_a_flag_that_was_given_is_known_even_if_it_is_the_default():
+    assert flags.parse(Example, ["--steps", "10", "--no-compile"]).given == {"steps", "compile"}
+    assert flags.parse(Example, []).given == set()
 
 
 def test_an_output_folder_that_is_a_file_is_refused_and_left_alone(tmp_path):

@@ -2,18 +2,16 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_train import NO_AUTOCAST, command
 
+import train
 from model import Config, Transformer
-from plumbing import hub, lora
+from plumbing import hub, lora, tokens
 from plumbing.weights import read_model
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def base(folder, seed=0, **more):
@@ -87,39 +85,38 @@ def test_the_wrong_base_or_file_is_one_clear_line(tmp_path):
         Transformer.from_pretrained(str(tmp_path / "base"), path)
 
 
-def train(folder, *flags):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *flags], cwd=folder, env=env,
-                          capture_output=True, text=True)
-
-
-def test_train_writes_an_adapter_that_every_script_reloads(tmp_path):
+def test_train_writes_an_adapter_that_every_script_reloads(tmp_path, monkeypatch):
     """A run in two sittings is the run in one; base + adapter has its numbers."""
+    monkeypatch.chdir(tmp_path)
     base(tmp_path / "base")
     (tmp_path / "text.txt").write_text("".join(f"{n} and {n} is {n + n}; " for n in range(2000)))
-    flags = ["--init", "base", "--data", "text.txt", "--batch-size", "4", "--context", "24",
-             "--eval-every", "4", "--eval-sequences", "8", "--threads", "1", "--warmup", "1"]
-    tuned = ["--lora", "2", "--steps", "8", "--slack", "0.5", "--lr", "0.01"]
-    for out, more in (("whole", []), ("halves", ["--sitting", "5"])):
-        run = train(tmp_path, *flags, *tuned, "--out", out, *more)
-        assert run.returncode == 0, run.stderr
-    run = train(tmp_path, "--resume", "halves")
-    assert run.returncode == 0, run.stderr
+    flags = ["--init", "base", "--data", "text.txt", "--batch-size", 4, "--context", 24,
+             "--eval-every", 4]
+    tuned = [*flags, "--lora", 2, "--steps", 8, "--slack", 0.5, "--lr", 0.01]
+    command(*tuned, "--out", "whole")
+    with pytest.raises(SystemExit):
+        command(*tuned, "--out", "halves", "--sitting", 5)
+    command("--resume", "halves")
     one, two = (load_file(tmp_path / out / "adapter.safetensors") for out in ("whole", "halves"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    assert os.path.getsize(tmp_path / "whole" / "last.pt") < os.path.getsize(tmp_path / "base/model.safetensors")
+    assert os.path.getsize("whole/last.pt") < os.path.getsize("base/model.safetensors")
 
     whole = json.loads((tmp_path / "whole" / "results.json").read_text())
-    run = train(tmp_path, *flags, "--adapter", "whole/adapter.safetensors", "--steps", "1", "--out", "again")
-    assert run.returncode == 0, run.stderr
-    lines = [json.loads(line) for line in open(tmp_path / "again" / "log.jsonl")]
-    best = next(json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")
-                if f'"step": {whole["best_step"]}, "val_ce"' in line)
-    start = next(line for line in lines if "val_ce" in line)
-    for key in ("val_ce", "val_ce_sampled", "open"):
+    adapter = ["--adapter", "whole/adapter.safetensors"]
+    with pytest.raises(ValueError, match="give the bound itself, --tau"):
+        command(*flags, *adapter, "--out", "x")
+    command(*flags, *adapter, "--steps", 1, "--tau", whole["tau"], "--out", "again")
+    start = torch.load("again/last.pt", weights_only=True)["trace"][0]
+    best = torch.load("whole/last.pt", weights_only=True)["best"]
+    assert best["step"] == whole["best_step"]
+    for key in ("ce", "open"):
         assert abs(start[key] - best[key]) < 1e-5, key
+    val = tokens.fixed_blocks(tokens.load_data("text.txt", "bytes")["val"], 24, 8)
+    merged = Transformer.from_pretrained("base", adapter[1])
+    sampled = train.evaluate(merged, val, 4, NO_AUTOCAST, sampled=True)["ce"]
+    assert abs(sampled - best["ce_sampled"]) < 1e-5
 
-    run = train(tmp_path, *flags, "--init", "whole/last.pt", "--out", "x")
-    assert run.returncode == 2 and "holds adapters without their base" in run.stderr
-    run = train(tmp_path, *flags, "--adapter", "whole/adapter.safetensors", "--lora", "2", "--out", "x")
-    assert run.returncode == 2 and "no --adapter" in run.stderr
+    with pytest.raises(ValueError, match="holds adapters without their base"):
+        command(*flags, "--init", "whole/last.pt", "--out", "x")
+    with pytest.raises(ValueError, match="no --adapter"):
+        command(*flags, *adapter, "--lora", 2, "--out", "x")

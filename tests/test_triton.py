@@ -2,9 +2,6 @@
 
 import json
 import os
-
-os.environ["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", "1")  # before triton is imported
-
 import re
 import subprocess
 import sys
@@ -16,8 +13,10 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 import model
+import train
 from model import Config, Transformer
 from plumbing import triton_gated
+from plumbing.flags import parse
 from sparse import gated_attention, noise_keys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -167,31 +166,33 @@ FSDP = """
 from functools import partial
 import model, train
 from plumbing.flags import run
-model.gated_attention = partial(model.gated_attention, impl={impl!r})
+train.EVAL_SEQUENCES = 4
+model.gated_attention = partial(model.gated_attention, impl="triton")
 run(train.main, train.Flags)
 """
 
 
-def test_fsdp(tmp_path):
+def test_fsdp(tmp_path, monkeypatch):
     """Two ranks with the kernel go the way of one process without it."""
     torch.manual_seed(0)
     Transformer(Config(block_size=16, vocab_size=257, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48,
                        norm="rmsnorm", position="rope", mlp="swiglu", attention_bias=False,
                        mlp_bias=False)).save_pretrained(str(tmp_path / "base"))
     (tmp_path / "text.txt").write_text("".join(f"{n} times {n} is {n * n}; " for n in range(2000)))
-    found = []
-    for impl, launch, how in (("chunked", [], []), ("triton", ["-m", "torch.distributed.run", "--standalone",
-                                                             "--nproc-per-node", "2"], ["--fsdp"])):
-        program = tmp_path / f"with_{impl}.py"
-        program.write_text(FSDP.format(impl=impl))
-        run = subprocess.run(
-            [sys.executable, *launch, str(program), *how, "--init", "base", "--data", "text.txt", "--out", impl,
-             "--steps", "2", "--batch-size", "2", "--context", "16", "--eval-every", "2", "--eval-sequences", "2",
-             "--threads", "1", "--device", "cpu", "--recompute"], cwd=tmp_path, capture_output=True, text=True,
-            env=os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"})
-        assert run.returncode == 0, run.stderr
-        found.append(json.loads((tmp_path / impl / "results.json").read_text()))
-    for key in ("ce_dense", "ce_last", "open_frac_last"):
+    (tmp_path / "with_triton.py").write_text(FSDP)
+    flags = ["--init", "base", "--data", "text.txt", "--steps", "2", "--batch-size", "2", "--context", "16",
+             "--eval-every", "2", "--device", "cpu", "--recompute", "--slack", "1"]
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "with_triton.py",
+         "--fsdp", *flags, "--out", "triton"], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model, "gated_attention", partial(gated_attention, impl="chunked"))
+    monkeypatch.setattr(train, "EVAL_SEQUENCES", 4)
+    train.main(parse(train.Flags, [*flags, "--out", "chunked"]))
+    found = [json.loads((tmp_path / impl / "results.json").read_text()) for impl in ("chunked", "triton")]
+    for key in ("ce_dense", "ce_last", "ce_sparse", "open_frac_last"):
         assert found[1][key] == pytest.approx(found[0][key], rel=1e-4)
 
 

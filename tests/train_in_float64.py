@@ -13,20 +13,24 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import train
-from plumbing import fsdp
-from plumbing.flags import run
-
-torch.set_default_dtype(torch.float64)
-step_once = train.step_once
+from plumbing import figures, flags, fsdp, runs
 
 
-def and_tell(job, flags, forward):
-    line = step_once(job, flags, forward)
-    with open(os.path.join(flags.out, f"rank{fsdp.rank()}.jsonl"), "a") as f:
-        geco = job["geco"]
-        print(json.dumps([job["state"]["step"], geco.lam, geco.tau, line["open"]]), file=f)
-    return line
+def prepare(replace=setattr, dtype=torch.float64):
+    """Short evaluations without pictures; replace: setattr, or monkeypatch's."""
+    real = runs.Run.line
+
+    def line(run, step, began, model, **numbers):
+        real(run, step, began, model, **numbers)
+        with open(os.path.join(run.flags.out, f"rank{fsdp.rank()}.jsonl"), "a") as f:
+            print(json.dumps([step, *(numbers[x] for x in numbers if x not in ("mfu", "lr"))]), file=f)
+
+    torch.set_default_dtype(dtype)
+    replace(runs.Run, "line", line)
+    replace(train, "EVAL_SEQUENCES", 7)
+    replace(figures, "draw_training", lambda *_: None)
 
 
-train.step_once = and_tell
-run(train.main, train.Flags)
+if __name__ == "__main__":
+    prepare()
+    flags.run(train.main, train.Flags)
