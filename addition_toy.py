@@ -251,7 +251,7 @@ def results_of(seed, tries, models):
 def main(flags):
     started, per_seed, traces = time.time(), [], []
     log = Log(open_folder(flags.out), asdict(flags))
-    print(f"{flags.tries} tries a seed, 4 minutes on 2 cores; expect 99.9% exact with about 6 open edges")
+    print(f"{flags.tries} tries a seed, 4 to 7 minutes on 2 cores; expect 99.9% exact with about 6 open edges")
     for seed in range(flags.seed, flags.seed + flags.seeds):
         tasks = [(flags, seed, number) for number in range(flags.tries)]
         tries = list(tqdm(in_processes(one_try, tasks), f"seed {seed}, tries", len(tasks), smoothing=0))

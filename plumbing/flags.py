@@ -168,9 +168,11 @@ def commit():
 def header(device="cpu"):
     """What a number needs to be believed: command, commit, versions, device."""
     names = {"cuda": torch.cuda.get_device_name} if device == "cuda" else {}
+    folder, script = os.path.split(sys.argv[0])
+    program = ["-m", f"plumbing.{script[:-3]}"] if folder.endswith("plumbing") else [script]
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
     return {
-        "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "command": shlex.join(["python", *program, *sys.argv[1:]]),
         "commit": commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
