@@ -44,9 +44,7 @@ class Flags:
 
     def __post_init__(self):
         check(self, {"seeds tries n_layer n_head n_embd dense_steps steps": "at least 1",
-                     "slack loose": "positive", "gate_bias": "finite"})
-        if abs(self.seed) >= 2**62:
-            raise ValueError("--seed must be below 2^62")
+                     "slack loose": "positive", "gate_bias": "finite", "seed": "below 2^62"})
         self.config()  # it has checks of its own
 
     def config(self):
@@ -221,8 +219,7 @@ def carry_table(gates):
 def one_try(task):
     """(flags, seed, number) -> (fewest open edges, tau, trace, {"dense", "sparse": model}).
 
-    Which positions add is settled in dense training, and post-training rarely moves it. A try is
-    therefore a new dense model. It sees training problems only.
+    A try is a new dense model, because dense training settles which positions add.
     """
     flags, seed, number = task
     torch.set_num_threads(1)  # tensors this small are slower on more; the tries share the cores

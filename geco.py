@@ -21,7 +21,6 @@ control); SPARTAN, arXiv 2411.06890, for sparse attention.
 """
 
 import math
-import os
 import time
 from dataclasses import dataclass
 
@@ -98,7 +97,7 @@ class Flags:
 
 
 def main(flags):
-    started, picture = time.time(), os.path.join(open_folder(flags.out), "geco.png")
+    started, picture = time.time(), f"{open_folder(flags.out)}/geco.png"
     torch.manual_seed(0)
     print("minimise x^2 + y^2 subject to (x - 3)^2 + (y - 4)^2 <= tau, seen through noise")
     center, radius = torch.tensor([3.0, 4.0]), math.sqrt(flags.tau)

@@ -77,14 +77,12 @@ class Flags:
             "eval_every sitting": "at least 1",
             "slack lora benchmark": "not negative",
             "lr tau": "positive",
-            "gate_bias": "finite",
+            "gate_bias": "finite", "seed": "below 2^62",
             "bound": "ce | kl",
-            "device": "auto | cpu | cuda | mps",
-            "dtype": "auto | float32 | bfloat16",
+            "device": "auto | cpu | cuda | mps", "dtype": "auto | float32 | bfloat16",
         })
         self.lr = self.lr or (1e-3 if self.init == "scratch" else 1e-4)
         for wrong, message in (
-                (abs(self.seed) >= 2**62, "--seed must be below 2^62"),
                 (self.bound == "kl" and not self.slack, "--bound kl needs a --slack above 0"),
                 (self.lora and self.init == "scratch", "--lora needs a trained --init"),
                 (self.lora and self.adapter, "--lora begins new adapters: give no --adapter, or --resume a run"),
@@ -116,9 +114,9 @@ def starting_point(flags):
     if config.sparse and flags.sparse and (flags.tau is None or flags.bound == "kl"):
         raise ValueError(f"{flags.init} is sparse already, and the loss of its weights without gates means "
                          "nothing: give the bound itself, --tau, of --bound ce")
-    default = config.gate_bias if config.sparse else 2.0  # at 2 most gates begin open
-    bias = default if flags.gate_bias is None else flags.gate_bias
-    return replace(config, sparse=flags.sparse, gate_bias=bias if flags.sparse else 0.0), named
+    own = config.gate_bias if config.sparse else 2.0  # at 2 most gates begin open
+    bias = (own if flags.gate_bias is None else flags.gate_bias) if flags.sparse else 0.0
+    return replace(config, sparse=flags.sparse, gate_bias=bias), named
 
 
 def build(flags, config, named, device, half):
@@ -190,8 +188,7 @@ def train(flags, saved=None):
         raise ValueError(f"--context {context}: the model takes 1 to {config.block_size} tokens")
     tokenizer = tokens.name_for(config.vocab_size, flags.tokenizer, flags.init)
     per_step = flags.batch_size * flags.accumulate * context
-    english = tokens.tokenizer(tokenizer).name == "gpt2"  # fineweb holds tokens of that one alone
-    source = flags.data or ("fineweb" if english else "python-docs")
+    source = flags.data or ("fineweb" if tokens.tokenizer(tokenizer).name == "gpt2" else "python-docs")
     data = fsdp.first_on_each_machine(lambda: tokens.load_data(source, tokenizer, flags.steps * per_step))
     order = fold_in(flags.seed, flags.init == "scratch").item()  # the base does not begin with the same
     blocks, held_out = (tokens.Blocks(data[split], context, order) for split in ("train", "val"))
