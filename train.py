@@ -310,7 +310,7 @@ def dense_base(flags):
     """The checkpoint of a dense model from scratch, trained first if it is not there yet."""
     base = replace(flags, sparse=False, steps=flags.dense_steps, lr=DENSE_LR, out=f"{flags.out}/dense",
                    gate_bias=None, bound="ce", slack=Flags.slack, tau=None, control=None)
-    print(f"from scratch: {base.steps} steps of a dense base in {base.out}, then {flags.steps} more; 5 to 12 minutes")
+    print(f"from scratch: {base.steps} steps of a dense base in {base.out}, then {flags.steps} more; 5 to 20 minutes")
     if flags.overwrite and fsdp.rank() == 0:
         runs.remove_old(flags.out)  # it has no base any more
     if flags.overwrite or not runs.is_same_base(base):
