@@ -1,7 +1,8 @@
 """
 Which heads and edges does a model need for a task? Dense beside sparse.
 
-    python patching.py --dense BASE --sparse CHECKPOINT --task ioi --n 100 --out out/ioi
+    python patching.py                      how the model of `python train.py` copies, 3 minutes
+    python patching.py --dense gpt2 --sparse out/gpt2 --task ioi --n 100 --out out/ioi
     python patching.py --dense BASE --sparse BASE --adapter FILE --task greater-than --fast
 
 A task is pairs of prompts: a clean one, which the model can do, and a corrupt one with another
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from model import Transformer, rope_frequencies, rotate
 from plumbing import circuit_report as report
-from plumbing import figures, tasks, tokens
+from plumbing import tasks, tokens
 from plumbing.flags import check, open_folder, pick_device, run, write_results
 from sparse import allowed_pairs, gate_map
 
@@ -332,10 +333,10 @@ def token_edges(model, clean, corrupt, metric):
 
 @torch.no_grad()
 def attention_maps(model, idx):
-    """A a of one prompt (1, T): (n_layer, n_head, T, T) on the CPU, 0.0 where a gate is shut."""
+    """A a of prompts (N, T): (N, n_layer, n_head, T, T) on the CPU, 0.0 where a gate is shut."""
     seen = record(model, idx)
-    return torch.stack([attend(model, *(seen[f"h{l}.attn.{x}"] for x in "qkv"))[1][0]
-                        for l in range(model.config.n_layer)]).cpu()
+    return torch.stack([attend(model, *(seen[f"h{l}.attn.{x}"] for x in "qkv"))[1]
+                        for l in range(model.config.n_layer)], dim=1).cpu()
 
 
 # -----------------------------------------------------------------------------
@@ -344,12 +345,13 @@ def attention_maps(model, idx):
 
 @dataclass
 class Flags:
-    dense: str = "gpt2"  # the dense model: hub name, Hugging Face folder or checkpoint
-    sparse: str | None = None  # the sparse one: a checkpoint of train.py, or a folder
+    dense: str | None = None  # hub name, Hugging Face folder or checkpoint; default SPARSE/dense
+    sparse: str = "out/scratch"  # a folder or checkpoint of train.py
+    control: str | None = None  # the dense control, to show between them; default SPARSE/control
     adapter: str | None = None  # adapter.safetensors on top of --sparse
-    task: str = "ioi"  # ioi, greater-than, induction or addition
+    task: str = "induction"  # ioi, greater-than, induction or addition
     corrupt: str | None = None  # which corruption of the task, see plumbing/tasks.py
-    n: int = 100  # prompts
+    n: int = 64  # prompts
     out: str | None = None  # folder for results.json, edges.csv and the figures
     qkv: str = "split"  # split: a head reads by q, k and v; merged: once
     ig_steps: int = 5  # 0: plain EAP; m: EAP-IG with m midpoints
@@ -369,12 +371,13 @@ class Flags:
 
 
 def load(flags):
-    """({"dense": model, "sparse": model}, tokenizer)."""
-    if not flags.sparse:
-        raise ValueError("give --sparse, the post-trained model to compare with --dense")
-    models = {"dense": Transformer.from_pretrained(flags.dense),
-              "sparse": Transformer.from_pretrained(flags.sparse, flags.adapter)}
-    report.check_models(flags, *(model.config for model in models.values()))
+    """({"dense": model, "control": if there is one, "sparse": model}, tokenizer)."""
+    flags.dense, flags.control = report.beside(flags)
+    models = {"dense": Transformer.from_pretrained(flags.dense)}
+    if flags.control:
+        models["control"] = Transformer.from_pretrained(flags.control)
+    models["sparse"] = Transformer.from_pretrained(flags.sparse, flags.adapter)
+    report.check_models(flags, {name: model.config for name, model in models.items()})
     for model in models.values():
         model.eval().requires_grad_(False).to(flags.device)
     if flags.task == "addition":
@@ -393,7 +396,8 @@ def main(flags):
     N, T = task.clean.shape
     print(f"{task.name}: {N} prompts of {T} tokens, kept of {task.made}; {task.about}")
     functions = SimpleNamespace(record=record, head_patching=head_patching, keep_heads=keep_heads,
-                                edge_scores=edge_scores, patch_edges=patch_edges, ablated=ablated)
+                                edge_scores=edge_scores, patch_edges=patch_edges, ablated=ablated,
+                                attention_maps=attention_maps, token_edges=token_edges)
     studies = {name: report.Study(name, model, Graph(model.config, flags.qkv), flags, functions)
                for name, model in models.items()}
     for study in studies.values():
@@ -401,15 +405,7 @@ def main(flags):
     for study in studies.values():
         study.analyse(task, second)
     results = report.compare(studies, flags.seed)
-    # pictures of one sentence, the first
-    clean, corrupt = (idx[:1].to(flags.device) for idx in (task.clean, task.corrupt))
-    maps, sparse = {name: attention_maps(m, clean) for name, m in models.items()}, models["sparse"]
-    after = attention_maps(sparse, corrupt)
-    results["token_graph"] = report.count_gates(maps["sparse"], after, sparse.config.causal)
-    scores = token_edges(sparse, clean, corrupt, lambda logits: task.metric(logits, slice(0, 1)))
-    strength = scores[0].abs().sum(1).cpu().where((maps["sparse"] + after).sum(1) > 0, torch.nan)
-    labels = [tok.decode([i]) for i in clean[0].tolist()]
-    pictures = figures.draw_studies(flags.out, studies, results, maps, strength, labels)
+    pictures = report.draw(studies, task, tok, results)
     report.print_table(results)
     wrote = write_results(flags.out, started, flags.device, task=task.name, about=task.about, tokens=T,
                           prompts_made=task.made, flags=asdict(flags), **results)

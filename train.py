@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from geco import GECO
 from model import Config, Transformer
-from plumbing import figures, fsdp, lora, plan, runs, tokens, weights
+from plumbing import copying, figures, fsdp, lora, plan, runs, tasks, tokens, weights
 from plumbing.flags import check, open_folder, pick_device, run as run_script, write_results
 from sparse import fold_in
 
@@ -45,7 +45,9 @@ class Flags:
     n_layer: int = 4  # layers
     n_head: int = 4  # heads a layer
     n_embd: int = 128  # width
+    position: str = "rope"  # rope or learned: how the model knows which token is where
     dense_steps: int = 2000  # steps of dense training before the sparse ones
+    repeat: float | None = None  # share of sequences with pieces to copy; default .5 from scratch, else 0
     # the method
     sparse: bool = True  # gates and penalty; --no-sparse is the dense control
     gate_bias: float | None = None  # b: open with sigmoid(s + b); default 2, or the init's own
@@ -78,11 +80,13 @@ class Flags:
             "slack lora benchmark": "not negative",
             "lr tau": "positive",
             "gate_bias": "finite", "seed": "below 2^62",
-            "bound": "ce | kl",
+            "bound": "ce | kl", "position": "rope | learned",
             "device": "auto | cpu | cuda | mps", "dtype": "auto | float32 | bfloat16",
         })
         self.lr = self.lr or (1e-3 if self.init == "scratch" else 1e-4)
+        self.repeat = (0.5 if self.init == "scratch" else 0.0) if self.repeat is None else self.repeat
         for wrong, message in (
+                (not 0 <= self.repeat <= 1, f"--repeat {self.repeat}: give a share from 0 to 1"),
                 (self.bound == "kl" and not self.slack, "--bound kl needs a --slack above 0"),
                 (self.lora and self.init == "scratch", "--lora needs a trained --init"),
                 (self.lora and self.adapter, "--lora begins new adapters: give no --adapter, or --resume a run"),
@@ -106,7 +110,7 @@ def starting_point(flags):
         torch.manual_seed(flags.seed)
         vocabulary = tokens.tokenizer(flags.tokenizer or "bytes").vocab_size
         config = Config(block_size=flags.context or 128, vocab_size=vocabulary, n_layer=flags.n_layer,
-                        n_head=flags.n_head, n_embd=flags.n_embd)
+                        n_head=flags.n_head, n_embd=flags.n_embd, position=flags.position)
         named = Transformer(config).state_dict()
     else:
         fields, named = fsdp.first_on_each_machine(lambda: weights.read_model(flags.init, flags.adapter))
@@ -174,7 +178,7 @@ def evaluate(model, blocks, batch_size, amp, teacher=None, sampled=False):
 # one run: the dense base, the control, or the sparse model
 
 
-def train(flags, saved=None):
+def train(flags, saved=None, bar=None):
     """A run to its end, or the rest of one that `saved` holds: fills flags.out, returns the results."""
     started, device = time.time(), pick_device(flags.device)
     open_folder(flags.out)
@@ -188,11 +192,13 @@ def train(flags, saved=None):
         raise ValueError(f"--context {context}: the model takes 1 to {config.block_size} tokens")
     tokenizer = tokens.name_for(config.vocab_size, flags.tokenizer, flags.init)
     per_step = flags.batch_size * flags.accumulate * context
-    source = flags.data or ("fineweb" if tokens.tokenizer(tokenizer).name == "gpt2" else "python-docs")
-    data = fsdp.first_on_each_machine(lambda: tokens.load_data(source, tokenizer, flags.steps * per_step))
+    data = fsdp.first_on_each_machine(lambda: tokens.load_data(flags.data, tokenizer, flags.steps * per_step))
     order = fold_in(flags.seed, flags.init == "scratch").item()  # the base does not begin with the same
-    blocks, held_out = (tokens.Blocks(data[split], context, order) for split in ("train", "val"))
-    fixed = {split: tokens.fixed_blocks(data[split], context, EVAL_SEQUENCES) for split in ("val", "test")}
+    tok = tokens.tokenizer(tokenizer)
+    blocks, held_out = (tokens.Blocks(data[split], context, order, flags.repeat, tasks.usable(tok))
+                        for split in ("train", "val"))
+    fixed = {"val": held_out.evenly(EVAL_SEQUENCES),
+             "test": tokens.Blocks(data["test"], context).evenly(EVAL_SEQUENCES)}  # text alone
     fingerprint = runs.fingerprint(blocks, fixed, saved)
 
     # model, and for a bound on the divergence the dense model beside it
@@ -201,15 +207,18 @@ def train(flags, saved=None):
         apart = {name: t.clone() for name, t in named.items()}  # training changes `named` in place
         teacher = build(replace(flags, lora=0), replace(config, sparse=False), apart, device, half)
     measure = partial(evaluate, batch_size=flags.batch_size, amp=amp)
+    copies = partial(copying.accuracy, tok=tok, context=context if flags.repeat else 0)
     if saved:
-        ce_dense, tau, best, trace = (saved[name] for name in ("ce_dense", "tau", "best", "trace"))
+        dense, best, trace = (saved[name] for name in ("dense", "best", "trace"))
     else:
         model.config.sparse = False  # the same weights before they get their gates
-        ce_dense = {split: measure(model, fixed[split])["ce"] for split in fixed}
+        dense = {split: measure(model, fixed[split])["ce"] for split in fixed} | {"copying": copies(model)}
         model.config.sparse = flags.sparse
-        tau = flags.tau or flags.slack + (0.0 if teacher else ce_dense["val"])
         best, trace = None, [{"step": 0} | measure(model, fixed["val"], teacher=teacher)]
-    control = runs.read_control(flags.control, flags, ce_dense["test"]) if flags.control else None
+    control = runs.read_control(flags.control, flags, dense["test"]) if flags.control else None
+    # what a dense model reaches: this one, or the control after as much training as this run will have
+    reached = 0.0 if teacher else min(dense["val"], control["ce_val"] if control else math.inf)
+    tau = saved["tau"] if saved else flags.tau or reached + flags.slack
 
     # optimiser and multiplier, which looks at one step in LOOK_EVERY and so moves further at a time
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
@@ -222,16 +231,13 @@ def train(flags, saved=None):
         geco.load_state_dict(saved["geco"])
 
     # the folder, and what will happen there
-    run = runs.Run(flags, device, context, saved, lora.fingerprint(named) if flags.lora else None)
-    save = partial(run.save, model=model, optimizer=optimizer, geco=geco, ce_dense=ce_dense, tau=tau,
+    run = runs.Run(flags, device, context, saved, lora.fingerprint(named) if flags.lora else None, bar)
+    save = partial(run.save, model=model, optimizer=optimizer, geco=geco, dense=dense, tau=tau,
                    fingerprint=fingerprint)
     if not saved:
         run.begin(tokenizer)
         save(0, best=best, trace=trace)
-    print(f"{flags.init}: {runs.size_of(model)} on {device}, {fsdp.world()} rank(s); {flags.steps} steps of "
-          f"{per_step:,} tokens, context {context}\nheld-out CE at the start, dense: {ce_dense['val']:.4f} nats; "
-          f"a model that knows nothing has ln({config.vocab_size}) = {math.log(config.vocab_size):.4f}")
-    print(f"tau = {tau:.4f}: the fewest open edges at a held-out {flags.bound} of at most that" * flags.sparse)
+    run.announce(model, dense["val"], tau)
     forward = torch.compile(model) if flags.compile else model
     size = flags.batch_size // fsdp.world()  # sequences of this rank at a time
 
@@ -287,16 +293,16 @@ def train(flags, saved=None):
             run.log(**{f"val_{name}": value for name, value in point.items()} | {"step": step + 1})
             save(step + 1, best=best, trace=trace)
             if flags.sparse and fsdp.rank() == 0:
-                figures.draw_training(flags.out, trace, best, tau, ce_dense["val"], control, context)
+                figures.draw_training(flags.out, trace, best, tau, dense["val"], control, context)
 
     if run.last < flags.steps:  # the end of a sitting, or Ctrl-C
         save(run.last, best=best, trace=trace)
         run.leave(run.last)
-    results = run.costs() | {"tau": tau, "ce_dense": ce_dense["test"]}
-    results |= {"ce_dense_control": control["ce"]} if control else {}
-    results |= run.report(model, partial(measure, blocks=fixed["test"], teacher=teacher), best, trace)
-    on_test = [name for name in results if name.startswith("ce") and name != "ce_val"]
-    print("test text, nats a token:", *(f"{name} {results[name]:.4f}" for name in on_test))
+    results = run.costs() | {"tau": tau, "ce_dense": dense["test"], "copying_dense": dense["copying"]}
+    if control:
+        results |= {"ce_dense_control": control["ce"], "copying_dense_control": control["copying"]}
+    results |= run.report(model, partial(measure, blocks=fixed["test"], teacher=teacher), copies, best, trace)
+    runs.print_results(results)
     if fsdp.rank() == 0:
         print("wrote", write_results(flags.out, started, device, **results))
     return results
@@ -306,18 +312,15 @@ def train(flags, saved=None):
 # the command
 
 
-def dense_base(flags):
-    """The checkpoint of a dense model from scratch, trained first if it is not there yet."""
-    base = replace(flags, sparse=False, steps=flags.dense_steps, lr=DENSE_LR, out=f"{flags.out}/dense",
-                   gate_bias=None, bound="ce", slack=Flags.slack, tau=None, control=None)
-    print(f"from scratch: {base.steps} steps of a dense base in {base.out}, then {flags.steps} more; 5 to 20 minutes")
-    if flags.overwrite and fsdp.rank() == 0:
-        runs.remove_old(flags.out)  # it has no base any more
-    if flags.overwrite or not runs.is_same_base(base):
-        stopped = not flags.overwrite and runs.newest(base.out)
-        train(base, fsdp.read(stopped) if stopped else None)
-        fsdp.wait()  # for rank 0's file
-    return f"{base.out}/last.pt"
+def phases(flags):
+    """The runs that a model from scratch takes: dense base, dense control, and what was asked for."""
+    dense = replace(flags, sparse=False, gate_bias=None, bound="ce", slack=Flags.slack, tau=None, control=None)
+    base = replace(dense, steps=flags.dense_steps, lr=DENSE_LR, out=f"{flags.out}/dense")
+    last = replace(flags, init=f"{base.out}/last.pt")
+    if not flags.sparse or flags.control:
+        return [base, last]
+    control = replace(dense, init=last.init, out=f"{flags.out}/control")
+    return [base, control, replace(last, control=control.out)]
 
 
 def main(flags):
@@ -327,15 +330,16 @@ def main(flags):
         runs.check_folder(flags)
     if flags.dry_run:
         return plan.show(flags, Transformer, Config(**weights.read_fields(flags.init) | {"sparse": flags.sparse}))
-    with fsdp.process_group(flags.fsdp, pick_device(flags.device), flags.out):
-        if flags.batch_size % fsdp.world():
-            raise ValueError(f"--batch-size {flags.batch_size} is over all ranks and must be a multiple "
-                             f"of their number, {fsdp.world()}")
+    with fsdp.process_group(flags.fsdp, pick_device(flags.device), flags.out, flags.batch_size):
         if flags.benchmark:
             return runs.benchmark(flags, train)
+        todo = [(flags, saved)]
         if flags.init == "scratch" and not saved:
-            flags = replace(flags, init=dense_base(flags))
-        train(flags, saved)
+            todo = runs.unfinished(phases(flags))
+        with runs.progress(todo) as bar:
+            for part, saved in todo:
+                train(part, saved, bar)
+                fsdp.wait()  # for rank 0's files
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ patching.py hands over its functions and its Graph; here they run over all promp
 prompts, L layers, H heads, S sources, V destinations, E edges in the order of graph.edges.nonzero().
 """
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from plumbing import copying, figures
 from plumbing.flags import replace_text
 from plumbing.tasks import CHARACTERS
 
@@ -21,18 +23,30 @@ FRACTIONS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1)  # of the edges, wh
 # prompts and models
 
 
-def check_models(flags, dense, sparse):
-    """ValueError unless these Configs are of a dense model and of a gated one of the same shape."""
-    if dense.sparse:
-        raise ValueError(f"--dense {flags.dense} has gates: give the model before its "
-                         "post-training, or its dense control")
+def beside(flags):
+    """--dense and --control: as given, or what train.py has left in the folder --sparse."""
+    dense, control = (os.path.join(flags.sparse, name) for name in ("dense", "control"))
+    if not flags.dense and not os.path.isdir(dense):
+        raise ValueError(f"{flags.sparse} holds no model that was trained from scratch: run `python train.py` "
+                         "first, or give --dense and --sparse")
+    return flags.dense or dense, flags.control or (control if os.path.isdir(control) else None)
+
+
+def check_models(flags, configs):
+    """ValueError unless these Configs are of dense models and of a gated one, all of one shape."""
+    for name, config in configs.items():
+        if config.sparse and name != "sparse":
+            raise ValueError(f"--{name} {getattr(flags, name)} has gates: give the model before its "
+                             "post-training, or its dense control")
+    dense, sparse = configs["dense"], configs["sparse"]
     if not sparse.sparse:
         raise ValueError(f"--sparse {flags.sparse} has no gates: give a checkpoint of a sparse "
                          "run, or its --adapter")
-    for name in ("vocab_size", "n_layer", "n_head", "n_kv_head"):
-        if getattr(dense, name) != getattr(sparse, name):
-            raise ValueError(f"--dense has {name} {getattr(dense, name)} and --sparse "
-                             f"{getattr(sparse, name)}: not of one family")
+    for name, config in configs.items():
+        for field in ("vocab_size", "n_layer", "n_head", "n_kv_head"):
+            if getattr(dense, field) != getattr(config, field):
+                raise ValueError(f"--dense has {field} {getattr(dense, field)} and --{name} "
+                                 f"{getattr(config, field)}: not of one family")
     if flags.task == "addition" and dense.vocab_size != len(CHARACTERS):
         raise ValueError("--task addition is for the models of addition_toy.py")
 
@@ -311,15 +325,19 @@ class Study:
 
 
 def compare(studies, seed):
-    """The numbers of both, ratio dense / sparse, interval: of the ratios, 90% (bootstrap)."""
-    dense, sparse = (dict(study.numbers) for study in studies.values())
-    ratio = {key: dense[key] / sparse[key] for key in dense if "_for_0.9" in key and sparse[key]}
-    draws, intervals = [study.bootstrap(seed) for study in studies.values()], {}
-    for key in draws[0]:
-        pair = [values[key] for values in draws]
-        dense[key + "_interval"], sparse[key + "_interval"] = map(interval, pair)
-        intervals[key] = interval(np.divide(*pair))
-    return {"dense": dense, "sparse": sparse, "ratio": ratio, "interval": intervals}
+    """The numbers of all; ratio: dense / sparse, ratio_control; interval: of the ratio, 90% (bootstrap)."""
+    found = {name: dict(study.numbers) for name, study in studies.items()}
+    draws = {name: study.bootstrap(seed) for name, study in studies.items()}
+    for name in found:
+        found[name] |= {key + "_interval": interval(values) for key, values in draws[name].items()}
+    results, sparse = dict(found), found["sparse"]
+    for name, key in (("dense", "ratio"), ("control", "ratio_control")):
+        if name in found:
+            results[key] = {k: found[name][k] / sparse[k] for k in sparse
+                            if "_for_0.9" in k and "interval" not in k and sparse[k]}
+    results["interval"] = {key: interval(np.divide(draws["dense"][key], draws["sparse"][key]))
+                           for key in draws["sparse"]}
+    return results
 
 
 def interval(values):
@@ -328,12 +346,12 @@ def interval(values):
 
 
 def print_table(results):
-    print(f"\n{'':42}{'dense':>10}{'sparse':>10}{'ratio':>8}  90% interval")
+    names = [name for name in ("dense", "control", "sparse") if name in results]
+    print(f"\n{'':42}" + "".join(f"{name:>10}" for name in names) + f"{'ratio':>8}  90% interval")
     for key in [key for key, value in results["dense"].items() if isinstance(value, int | float)]:
-        cells = [f"{v:.3f}" if isinstance(v, float) else f"{v:,}"
-                 for v in (results[name][key] for name in ("dense", "sparse"))]
+        cells = [f"{v:.3f}" if isinstance(v, float) else f"{v:,}" for v in (results[name][key] for name in names)]
         ratio, limits = results["ratio"].get(key), results["interval"].get(key)
-        print(f"{key:42}{cells[0]:>10}{cells[1]:>10}{f'{ratio:.1f}' if ratio else '':>8}"
+        print(f"{key:42}" + "".join(f"{cell:>10}" for cell in cells) + f"{f'{ratio:.1f}' if ratio else '':>8}"
               + (f"  {limits[0]:.2g} to {limits[1]:.2g}" if limits else ""))
 
 
@@ -354,3 +372,25 @@ def count_gates(before, after, causal):
     counts = {name: int(pairs.sum()) for name, pairs in counts.items()}
     allowed = before[..., 0, 0].numel() * (T * (T + 1) // 2 if causal else T * T)
     return counts | {"shut in both": allowed - sum(counts.values())}
+
+
+def draw(studies, task, tok, results):
+    """All pictures, those of tokens of the first prompt; returns their paths.
+
+    Adds to the results the gates of that prompt, and of the task induction which heads copy.
+    """
+    flags, sparse = studies["sparse"].flags, studies["sparse"]
+    clean, corrupt = (idx.to(flags.device) for idx in (task.clean, task.corrupt))
+    maps = {name: study.do.attention_maps(study.model, clean) for name, study in studies.items()}
+    before, after = maps["sparse"][0], sparse.do.attention_maps(sparse.model, corrupt[:1])[0]
+    results["token_graph"] = count_gates(before, after, sparse.model.config.causal)
+    scores = sparse.do.token_edges(sparse.model, clean[:1], corrupt[:1],
+                                   lambda logits: task.metric(logits, slice(0, 1)))
+    strength = scores[0].abs().sum(1).cpu().where((before + after).sum(1) > 0, torch.nan)
+    labels, first = [tok.decode([i]) for i in clean[0].tolist()], {name: m[0] for name, m in maps.items()}
+    pictures = figures.draw_studies(flags.out, studies, results, first, strength, labels)
+    if task.name == "induction":
+        results["copying"], heads = copying.circuits(studies, maps, tok)
+        pictures.append(os.path.join(flags.out, "copying.png"))
+        figures.draw_copying(studies, first, heads, labels, pictures[-1])
+    return pictures

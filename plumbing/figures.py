@@ -12,16 +12,16 @@ from matplotlib.ticker import LogFormatter
 from plumbing.flags import save_figure
 from plumbing.tasks import Digits
 
-COLORS = {"dense": "#0072B2", "sparse": "#D55E00"}  # told apart by colour-blind readers too
+COLORS = {"dense": "#0072B2", "control": "#009E73", "sparse": "#D55E00"}  # told apart by colour-blind readers too
 
 # -----------------------------------------------------------------------------
-# patching.py: studies {"dense", "sparse": circuit_report.Study}, results as in results.json
+# patching.py: studies {"dense", "control", "sparse": circuit_report.Study}, results as in results.json
 
 
 def draw_studies(folder, studies, results, maps, strength, labels):
     """All figures of patching.py; returns their paths.
 
-    Of one sentence with the tokens labels: maps {"dense", "sparse": A a (n_layer, n_head, T, T)} and
+    Of one sentence with the tokens labels: maps {"dense", ...: A a (n_layer, n_head, T, T)} and
     strength (n_layer, T, T) of the sparse model's token edges, see draw_tokens.
     """
     paths = {name: os.path.join(folder, f"{name}.png") for name in (
@@ -102,34 +102,39 @@ def draw_edges(studies, results, path):
 
 def draw_circuits(studies, path):
     """Figure 4b: the heads and MLPs of the edges that hold 0.9 of the sum of |scores|, as a grid."""
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    for axis, (name, study) in zip(figure.subplots(1, 2), studies.items()):
-        graph, edges, size = study.graph, study.by_score, study.graph.group
-        L, H = graph.config.n_layer, graph.config.n_head
-        place = {"input": ((H - 1) / 2, -1), "logits": ((H - 1) / 2, L)}  # x, y
-        place |= {f"m{l}": (H, l + 0.35) for l in range(L)}
-        place |= {f"a{l}.h{h}": (h, l) for l in range(L) for h in range(H)}
-        groups = {f"a{l}.g{g}": ((g + 0.5) * size - 0.5, l) for l in range(L) for g in range(H // size)}
-        links = {}  # (place, place): sum of |scores|
-        for u, v in edges.nonzero().tolist():
-            reader = graph.destinations[v].split("<")[0]
-            link = place[graph.sources[u]], (place | groups)[reader]  # a group: its heads' middle
-            links[link] = links.get(link, 0) + study.mean[u, v].abs().item()
-        strength = np.array(list(links.values())) / max(links.values(), default=1)
-        axis.add_collection(LineCollection(list(links), colors=COLORS[name], capstyle="round",
-                                           linewidths=0.3 + 2 * strength, alpha=0.05 + 0.85 * strength**0.5))
-        kept = [source for source, used in zip(graph.sources, edges.any(1)) if used]
-        for node, (x, y) in place.items():
-            used = node in kept or node == "logits"
-            axis.plot(x, y, "s" if node[0] == "m" else "o", color="black" if used else "0.85",
-                      markersize=min(12, max(2, 60 / max(L, H))) * (1 if used else 0.5), zorder=3)
-        kinds = [node[0] for node in kept]
-        axis.set(title=f"{name}: {int(edges.sum()):,} edges hold 0.9 of the sum of |scores|,\n"
-                       f"{kinds.count('a')} heads, {kinds.count('m')} MLPs", xlim=(-0.7, H + 0.5),
-                 ylim=(-1.6, L + 0.6), xlabel="head (right: MLP)",
-                 ylabel="layer (bottom: embedding, top: logits)",
-                 xticks=range(0, H, max(1, H // 8)), yticks=range(0, L, max(1, L // 8)))
+    figure = Figure(figsize=(5 * len(studies), 5), layout="constrained")
+    for axis, (name, study) in zip(figure.subplots(1, len(studies)), studies.items()):
+        draw_circuit(axis, name, study)
     save_figure(figure, path)
+
+
+def draw_circuit(axis, name, study):
+    """The head graph of one model: who writes to whom, layers upward; grey: in no such edge."""
+    graph, edges, size = study.graph, study.by_score, study.graph.group
+    L, H = graph.config.n_layer, graph.config.n_head
+    place = {"input": ((H - 1) / 2, -1), "logits": ((H - 1) / 2, L)}  # x, y
+    place |= {f"m{l}": (H, l + 0.35) for l in range(L)}
+    place |= {f"a{l}.h{h}": (h, l) for l in range(L) for h in range(H)}
+    groups = {f"a{l}.g{g}": ((g + 0.5) * size - 0.5, l) for l in range(L) for g in range(H // size)}
+    links = {}  # (place, place): sum of |scores|
+    for u, v in edges.nonzero().tolist():
+        reader = graph.destinations[v].split("<")[0]
+        link = place[graph.sources[u]], (place | groups)[reader]  # a group: its heads' middle
+        links[link] = links.get(link, 0) + study.mean[u, v].abs().item()
+    strength = np.array(list(links.values())) / max(links.values(), default=1)
+    axis.add_collection(LineCollection(list(links), colors=COLORS[name], capstyle="round",
+                                       linewidths=0.3 + 2 * strength, alpha=0.05 + 0.85 * strength**0.5))
+    kept = [source for source, used in zip(graph.sources, edges.any(1)) if used]
+    for node, (x, y) in place.items():
+        used = node in kept or node == "logits"
+        axis.plot(x, y, "s" if node[0] == "m" else "o", color="black" if used else "0.85",
+                  markersize=min(12, max(2, 60 / max(L, H))) * (1 if used else 0.5), zorder=3)
+    kinds = [node[0] for node in kept]
+    axis.set(title=f"{name}: {int(edges.sum()):,} edges hold 0.9 of the sum of |scores|,\n"
+                   f"{kinds.count('a')} heads, {kinds.count('m')} MLPs", xlim=(-0.7, H + 0.5),
+             ylim=(-1.6, L + 0.6), xlabel="head (right: MLP)",
+             ylabel="layer (bottom: embedding, top: logits)",
+             xticks=range(0, H, max(1, H // 8)), yticks=range(0, L, max(1, L // 8)))
 
 
 def draw_maps(rows, labels, path, title=None):
@@ -140,8 +145,7 @@ def draw_maps(rows, labels, path, title=None):
     for axis in axes.flat[sum(map(len, rows)):]:
         axis.axis("off")
     for axis, (name, weights) in zip(axes.flat, sum(rows, [])):
-        shades = weights.clamp(min=1e-3).where(weights > 0, torch.nan)
-        image = axis.imshow(shades.numpy(), cmap="viridis", norm=LogNorm(1e-3, 1))
+        image = draw_map(axis, weights)
         axis.set_title(f"{name}\n{int((weights > 0).sum())} open", fontsize=9)
         axis.set(xticks=[], yticks=[])
         if len(labels) <= 24 and axis in axes[:, 0]:
@@ -152,6 +156,32 @@ def draw_maps(rows, labels, path, title=None):
     figure.suptitle(title, fontsize=10)
     figure.supxlabel("from token", fontsize=10)
     figure.supylabel("to token", fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_map(axis, weights):
+    """A a (T, T) of one head, logarithmic; shut gates are white."""
+    shades = weights.clamp(min=1e-3).where(weights > 0, torch.nan)
+    return axis.imshow(shades.numpy(), cmap="viridis", norm=LogNorm(1e-3, 1))
+
+
+def draw_copying(studies, maps, heads, labels, path):
+    """The two heads that copy, dense above and sparse below, and the head graph beside them.
+
+    maps {model: A a (n_layer, n_head, T, T)} of one prompt; heads {model: {role: (layer, head)}}.
+    """
+    figure = Figure(figsize=(13, 8.6), layout="constrained")
+    axes, labels = figure.subplots(2, 3), [literal(label) for label in labels]
+    for row, name in zip(axes, ("dense", "sparse")):
+        for axis, (role, (l, h)) in zip(row, heads[name].items()):
+            image = draw_map(axis, maps[name][l, h])
+            axis.set_title(f"{name}: the {role} head, a{l}.h{h}", fontsize=11)
+            axis.set_xticks(range(len(labels)), labels, fontsize=7)
+            axis.set_yticks(range(len(labels)), labels, fontsize=7)
+            axis.set(xlabel="reads from this token", ylabel="this token")
+        draw_circuit(row[2], name, studies[name])
+    figure.colorbar(image, ax=axes[:, :2], label="attention weight after the gate; white: shut", shrink=0.5,
+                    location="left")
     save_figure(figure, path)
 
 

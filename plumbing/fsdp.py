@@ -33,10 +33,11 @@ def world():
 
 
 @contextlib.contextmanager
-def process_group(wanted, device, folder):
+def process_group(wanted, device, folder, batch_size):
     """Join the other ranks of torchrun, if that is wanted; only rank 0 prints.
 
-    folder: where the checkpoints are, for the message when another rank has failed.
+    folder: where the checkpoints are, for the message when another rank has failed. batch_size: of
+    all ranks; ValueError if it can not be shared out evenly.
     """
     if not wanted:
         yield
@@ -58,6 +59,9 @@ def process_group(wanted, device, folder):
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     try:
+        if batch_size % world():
+            raise ValueError(f"--batch-size {batch_size} is over all ranks and must be a multiple of their "
+                             f"number, {world()}")
         yield
         leave()
     except SystemExit:  # the end of a sitting, or Ctrl-C: of all ranks at the same step

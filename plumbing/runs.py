@@ -104,16 +104,25 @@ def resume(given):
     return type(given)(**saved["flags"] | free), saved
 
 
-def is_same_base(flags):
-    """Is the dense base in flags.out finished? ValueError if it is the base of other flags."""
-    saved = read_checkpoint(flags.out)
-    if saved is None:
-        return False
-    for name, value in asdict(flags).items():
-        if name not in FREE and saved["flags"].get(name) != value:
-            raise ValueError(f"{flags.out} holds a base that was trained with --{name.replace('_', '-')} "
-                             f"{saved['flags'].get(name)}, not {value}: give another --out, or --overwrite")
-    return saved["step"] == flags.steps and os.path.exists(os.path.join(flags.out, "last.pt"))
+def unfinished(runs):
+    """[(flags, checkpoint to go on from or None)] of those of `runs` that are not done, in order.
+
+    ValueError if one was trained with other flags. With --overwrite none is done.
+    """
+    if runs[-1].overwrite and fsdp.rank() == 0:
+        for flags in runs:
+            remove_old(flags.out)
+    fsdp.wait()
+    todo = []
+    for flags in runs:
+        saved = read_checkpoint(flags.out)
+        for name, value in asdict(flags).items() if saved else ():
+            if name not in FREE and saved["flags"].get(name) != value:
+                raise ValueError(f"{flags.out} holds a run that was trained with --{name.replace('_', '-')} "
+                                 f"{saved['flags'].get(name)}, not {value}: give another --out, or --overwrite")
+        if not saved or saved["step"] < flags.steps or not os.path.exists(os.path.join(flags.out, "results.json")):
+            todo.append((flags, saved))
+    return todo
 
 
 def read_control(folder, flags, ce_dense):
@@ -125,10 +134,10 @@ def read_control(folder, flags, ce_dense):
     try:
         with open(os.path.join(folder, "results.json")) as f:
             control = json.load(f)
-        theirs, their_ce, _ = control["flags"], control["ce_dense"], control["ce_val"]
+        theirs, their_ce, _ = control["flags"], control["ce_dense"], (control["ce_val"], control["copying"])
     except (OSError, ValueError, KeyError):
         raise ValueError(f"--control {folder}: no results.json of a finished --no-sparse run is in it") from None
-    for name in ("steps", "batch_size", "accumulate", "context", "lr", "seed", "lora", "dtype"):
+    for name in ("steps", "batch_size", "accumulate", "context", "lr", "seed", "lora", "dtype", "repeat"):
         if theirs.get(name) != getattr(flags, name):
             raise ValueError(f"--control {folder} had --{name.replace('_', '-')} {theirs.get(name)}, not "
                              f"{getattr(flags, name)}: it is no control of this run")
@@ -157,8 +166,9 @@ class Run:
     On ranks other than 0 it writes nothing but its part of a sharded checkpoint.
     """
 
-    def __init__(self, flags, device, context, saved=None, base=None):
+    def __init__(self, flags, device, context, saved=None, base=None, bar=None):
         self.flags, self.device, self.context, self.base = flags, device, context, base
+        self.bar = bar or progress([])
         self.first, self.last = saved["step"] if saved else 0, flags.steps
         self.seconds, self.rates = saved["seconds"] if saved else 0.0, []  # tokens/s of this sitting's steps
         self.log = lambda **_: None
@@ -175,6 +185,16 @@ class Run:
                 replace_file(os.path.join(self.flags.out, "tokenizer.json"),
                              lambda temporary: pathlib.Path(temporary).write_bytes(content))
 
+    def announce(self, model, ce_dense, tau):
+        """What will happen. ce_dense: of held-out text, before training."""
+        flags, vocabulary = self.flags, model.config.vocab_size
+        print(f"{flags.init}: {size_of(model)} on {self.device}, {fsdp.world()} rank(s); {flags.steps} steps of "
+              f"{flags.batch_size * flags.accumulate * self.context:,} tokens, context {self.context}\n"
+              f"held-out CE at the start, dense: {ce_dense:.4f} nats; a model that knows nothing has "
+              f"ln({vocabulary}) = {math.log(vocabulary):.4f}")
+        if flags.sparse:
+            print(f"tau = {tau:.4f}: the fewest open edges at a held-out {flags.bound} of at most that")
+
     def steps(self):
         """The numbers of the steps to do: to the end of the run or the sitting, or until Ctrl-C.
 
@@ -189,15 +209,13 @@ class Run:
 
         signal.signal(signal.SIGINT, on_interrupt)
         end = min(self.flags.steps, self.first + (self.flags.sitting or self.flags.steps))
-        hide = True if fsdp.rank() else None  # None: where the output is no terminal
         try:
-            with tqdm(initial=self.first, total=self.flags.steps, disable=hide, mininterval=1) as bar:
-                for step in range(self.first, end):
-                    yield step
-                    bar.update()
-                    self.last = step + 1
-                    if fsdp.mean([len(interrupts)])[0]:
-                        break
+            for step in range(self.first, end):
+                yield step
+                self.bar.update(SPARSE_STEP if self.flags.sparse else 1)
+                self.last = step + 1
+                if fsdp.mean([len(interrupts)])[0]:
+                    break
         finally:
             signal.signal(signal.SIGINT, before)
         self.exit_code = 130 if interrupts else 0
@@ -219,7 +237,8 @@ class Run:
         self.log(step=step, **numbers, tokens_per_second=round(rate))
         formats = {"open": "{:.2%}", "lr": "{:.1e}", "mfu": "{:.1%}"}
         cells = [f"{name} {formats.get(name, '{:.4f}').format(x)}" for name, x in numbers.items() if x is not None]
-        tqdm.write(f"step {step:6} | " + " | ".join(cells) + f" | {rate:,.0f} tokens/s")
+        if step % 10 == 0 or step == self.flags.steps:
+            tqdm.write(f"step {step:6} | " + " | ".join(cells) + f" | {rate:,.0f} tokens/s")
 
     def save(self, step, model, optimizer, geco, **plain):
         """All that --resume needs: last.pt, or the folder last with a file of each rank."""
@@ -249,16 +268,17 @@ class Run:
                 "median_tokens_per_second": round(statistics.median(self.rates or [tokens / self.seconds])),
                 "training_seconds": round(self.seconds, 1), "peak_memory_gib": peak_memory(self.device)}
 
-    def report(self, model, measure, best, trace):
+    def report(self, model, measure, copies, best, trace):
         """Losses and open edges on test text: of the last state, and of the best one, which it loads.
 
-        measure(model, sampled=False): train.py's evaluate on the test blocks.
+        measure(model, sampled=False): train.py's evaluate on the test blocks; copies(model): what
+        copying.accuracy finds.
         """
         if self.flags.fsdp and not self.flags.lora:
             self.export("last", self.flags.steps, model)  # the final weights in one file
         last = measure(model)
         if not self.flags.sparse:
-            return {"ce": last["ce"], "ce_val": trace[-1]["ce"]}
+            return {"ce": last["ce"], "ce_val": trace[-1]["ce"], "copying": copies(model)}
         if best:
             self.load_best(model)
         else:
@@ -266,7 +286,7 @@ class Run:
         kept, sampled = measure(model), measure(model, sampled=True)
         per_query = kept["open"] * (self.context + 1) / 2  # a query sees (context + 1) / 2 keys on average
         print(f"open edges {kept['open']:.2%}, {per_query:.2f} a query and head at context {self.context}")
-        return {"ce_sparse": kept["ce"], "ce_sparse_sampled": sampled["ce"], "kl_sparse": kept.get("kl"),
+        return {"copying_sparse": copies(model), "ce_sparse": kept["ce"], "ce_sparse_sampled": sampled["ce"], "kl_sparse": kept.get("kl"),
                 "open_frac": kept["open"], "open_edges_per_query": per_query, "heads": kept["heads"],
                 "best_step": best and best["step"], "ce_last": last["ce"], "open_frac_last": last["open"]}
 
@@ -281,6 +301,28 @@ class Run:
         how = again if base else f"python train.py --resume {self.flags.out}"
         print(f"saved step {step} of {self.flags.steps}; go on with: {how}")
         sys.exit(self.exit_code)
+
+
+SPARSE_STEP = 1.5  # how many dense steps take as long as a sparse one, about
+
+
+def progress(todo):
+    """One bar for several runs, (flags, checkpoint) each, with the time left for all of them."""
+    weights = [SPARSE_STEP if flags.sparse else 1 for flags, _ in todo]
+    total, done = (sum(weight * steps for weight, steps in zip(weights, counts)) for counts in (
+        [flags.steps for flags, _ in todo], [saved["step"] if saved else 0 for _, saved in todo]))
+    hide = True if fsdp.rank() or not todo else None  # None: where the output is no terminal
+    return tqdm(total=total, initial=done, disable=hide, mininterval=1, smoothing=0.05,
+                bar_format="{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left")
+
+
+def print_results(results):
+    """Loss on test text and accuracy of copying by period, of each model that the run compared."""
+    for name, ce in results.items():
+        if name in ("ce", "ce_dense", "ce_dense_control", "ce_sparse"):
+            copied = results["copying" + name.removeprefix("ce")]
+            print(f"{name:16} {ce:.4f} nats a token on test text" + "; copying, % by period:" * bool(copied),
+                  *(f"{period} {100 * share:.0f}" for period, share in copied.items()))
 
 
 def size_of(model):

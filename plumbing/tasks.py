@@ -241,9 +241,9 @@ def greater_than(tok, n, draws, corrupt):
 
 
 def usable(tok):
-    """Ids that text can have: no special tokens, no parts of a character. Bytes: a to z and space."""
+    """Ids that text can have: no special tokens, no parts of a character. Bytes: those of a keyboard."""
     if tok.name == "bytes":
-        return encode(tok, "abcdefghijklmnopqrstuvwxyz ")
+        return [*range(ord(" "), ord("~") + 1)]
     return [i for i in range(tok.vocab_size) if encode(tok, tok.decode([i])) == [i]]
 
 

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from plumbing import flags, hub
+from plumbing.copying import SHORTEST, repeat_pieces
 
 # -----------------------------------------------------------------------------
 # tokenizers: name, vocab_size, eot (the id behind every document), bos (the id in front of every
@@ -306,12 +307,13 @@ def fineweb(n_tokens):
 def load_data(data, tokenizer_name, n_tokens=None):
     """{"train": [tokens, ...], "val": tokens, "test": tokens, "tokenizer": name}, tokens 1-D.
 
-    data: "fineweb" (as much of it as `n_tokens` of training need; its validation file is halved into
+    data: None for fineweb or python-docs, as the tokenizer is GPT-2's or not; "fineweb" (as much of it as `n_tokens` of training need; its validation file is halved into
     val and test), "python-docs" (in memory), a prepared folder, or .txt files and folders with
     commas between, prepared in a folder of data/ that is named after the first. Missing or damaged
     files, tokens of another tokenizer: ValueError or OSError.
     """
     tok = tokenizer(tokenizer_name)
+    data = data or ("fineweb" if tok.name == "gpt2" else "python-docs")
     if data == "python-docs":
         parts = {split: [] for split in SPLITS}
         for n, text in enumerate(python_docs()):
@@ -341,18 +343,23 @@ class Blocks:
 
     tokens: a 1-D integer array, or a list of them, which no block straddles. Block number i of
     the training is in epoch i // n_blocks; each epoch has all the blocks once, in an order of its
-    own that follows from (seed, epoch). The state is the count of blocks consumed.
+    own that follows from (seed, epoch). The state is the count of blocks consumed. repeat: the share
+    of the blocks in which `repeat_pieces` puts something to copy, of text and of ids in `alphabet`.
     """
 
-    def __init__(self, tokens, block_size, seed=0):
+    def __init__(self, tokens, block_size, seed=0, repeat=0.0, alphabet=()):
         self.tokens = tokens if isinstance(tokens, list) else [tokens]
         self.block_size, self.seed, self.epoch = block_size, seed % 2**64, None
+        self.repeat, self.alphabet = repeat, np.array(alphabet)
         self.ends = np.cumsum([max(0, len(t) - 1) // block_size for t in self.tokens])
         self.n_blocks = int(self.ends[-1])
         if not self.n_blocks:
             most = max(map(len, self.tokens))
             raise ValueError(f"{most} tokens are too few for a block of {block_size} + 1: "
                              "give more text, or a smaller block size")
+        if repeat and block_size < 2 * SHORTEST:
+            raise ValueError(f"a piece of {SHORTEST} tokens does not come twice in a context of {block_size}: "
+                             f"give --context {2 * SHORTEST} or more, or --repeat 0")
 
     def order(self, epoch):
         """All the blocks, shuffled; the order of the epoch asked for last is kept."""
@@ -369,24 +376,26 @@ class Blocks:
         w * n to start.
         """
         numbers = (divmod(i, self.n_blocks) for i in range(start, start + n))
-        return self.read([self.order(epoch)[place] for epoch, place in numbers])
+        return self.read([self.order(epoch)[place] for epoch, place in numbers], start)
 
-    def read(self, blocks):
-        """idx, targets of blocks in the order of the data."""
+    def evenly(self, count):
+        """idx, targets, int64 (count, block_size): evenly spaced blocks, for evaluation.
+
+        Always the same ones; all that there are where `count` is more.
+        """
+        count = min(count, self.n_blocks)
+        return self.read(np.arange(count) * self.n_blocks // count, 0)
+
+    def read(self, blocks, start):
+        """idx, targets of these blocks of the data, which are number start, start + 1, ... of all."""
         rows = []
-        for block in map(int, blocks):
+        for number, block in enumerate(map(int, blocks), start):
             i = int(np.searchsorted(self.ends, block, "right"))
             first = (block - (int(self.ends[i - 1]) if i else 0)) * self.block_size
-            rows.append(self.tokens[i][first : first + self.block_size + 1])
-        rows = torch.from_numpy(np.stack(rows).astype(np.int64))
+            rows.append(self.tokens[i][first : first + self.block_size + 1].astype(np.int64))
+            if self.repeat:
+                random = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(number, 0)))
+                if random.random() < self.repeat:
+                    repeat_pieces(rows[-1], self.alphabet, random)
+        rows = torch.from_numpy(np.stack(rows))
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-
-def fixed_blocks(tokens, block_size, count):
-    """idx, targets, int64 (count, block_size): evenly spaced blocks, for evaluation.
-
-    Always the same ones; all that there are where `count` is more.
-    """
-    blocks = Blocks(tokens, block_size)
-    count = min(count, blocks.n_blocks)
-    return blocks.read(np.arange(count) * blocks.n_blocks // count)

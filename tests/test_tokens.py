@@ -499,16 +499,16 @@ def test_a_batch_may_be_larger_than_the_data_and_far_along():
 
 def test_fixed_blocks_are_evenly_spaced_and_no_more_than_there_are():
     data = np.arange(1001)
-    idx, targets = tokens.fixed_blocks(data, 10, 4)
+    idx, targets = tokens.Blocks(data, 10).evenly(4)
     assert idx[:, 0].tolist() == [0, 250, 500, 750] and targets.equal(idx + 1)
-    assert tokens.fixed_blocks(data, 10, 4)[0].equal(idx)
-    assert tokens.fixed_blocks(data, 10, 1000)[0][:, 0].tolist() == list(range(0, 1000, 10))
-    assert tokens.fixed_blocks([data, data + 2000], 10, 2)[0][:, 0].tolist() == [0, 2000]
+    assert tokens.Blocks(data, 10).evenly(4)[0].equal(idx)
+    assert tokens.Blocks(data, 10).evenly(1000)[0][:, 0].tolist() == list(range(0, 1000, 10))
+    assert tokens.Blocks([data, data + 2000], 10).evenly(2)[0][:, 0].tolist() == [0, 2000]
 
 
 @pytest.mark.parametrize("data", [np.arange(10), np.arange(0), [np.arange(10), np.arange(5)]])
 def test_too_few_tokens_for_a_block_are_refused(data):
-    for make in (lambda: tokens.Blocks(data, 10), lambda: tokens.fixed_blocks(data, 10, 1)):
+    for make in (lambda: tokens.Blocks(data, 10), lambda: tokens.Blocks(data, 10).evenly(1)):
         with pytest.raises(ValueError, match="too few for a block of 10") as error:
             make()
         assert one_line(error)

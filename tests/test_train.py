@@ -113,8 +113,9 @@ def test_base_and_sparse_phase_do_not_see_the_same_first_batches(tmp_path, monke
     base, later = (set().union(*(rows for order, rows in seen if order == one))
                    for one in (seen[0][0], seen[-1][0]))
     assert len(base) == 16 and not base & later
-    of_run = [[rows for order, rows in part if order == seen[-1][0]] for part in (seen[:9], seen[9:])]
-    assert of_run[0][0] == of_run[1][0] and of_run[0][2:] == of_run[1][1:]  # [1]: a held-out batch
+    of_run = [rows for order, rows in seen if order == seen[-1][0]]
+    sparse = of_run[4:6] + of_run[7:9]  # between them a held-out batch, after the first step
+    assert of_run[:4] == sparse[:1] + of_run[6:9] == of_run[9:], "the control, the sparse run, a dense one"
 
 
 def test_best_is_the_sparsest_state_within_the_bound(base, tmp_path, monkeypatch):
@@ -143,7 +144,7 @@ def test_the_results_are_those_of_the_files_on_test_text(base, tmp_path):
     command(*SMALL, "--init", base, "--steps", 12, "--lr", "5e-3", "--slack", 1, "--eval-every", 8,
             "--out", tmp_path)
     results, blocks = results_of(tmp_path), tokens.load_data("python-docs", "bytes")["test"]
-    blocks = tokens.fixed_blocks(blocks, 32, 8)
+    blocks = tokens.Blocks(blocks, 32).evenly(8)
     measure = lambda name: train.evaluate(Transformer.from_pretrained(str(name)), blocks, 8,
                                           NO_AUTOCAST)
     best, last = measure(tmp_path), measure(tmp_path / "last.pt")
@@ -159,7 +160,7 @@ def test_a_text_that_repeats_is_learned(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("0123456789" * 400)
     command(*SMALL, "--data", "a.txt", *TINY, "--n-embd", 32, "--dense-steps", 80, "--steps", 60,
-            "--lr", "5e-3", "--no-sparse", "--out", "o")
+            "--lr", "5e-3", "--repeat", 0, "--no-sparse", "--out", "o")
     losses = [r["ce"] for r in log_of(tmp_path / "o" / "dense", "lr") + log_of(tmp_path / "o", "lr")]
     assert losses[0] > 5 and losses[80] < 2 and losses[-1] < 0.5
 
@@ -207,7 +208,7 @@ def test_evaluation_changes_nothing(base, tmp_path):
 def test_an_evaluation_is_the_mean_over_its_blocks(base):
     """Whatever the batch size, also one that does not divide their number; sampled gates too."""
     model = Transformer.from_pretrained(base, sparse=True, gate_bias=1.0)
-    blocks = tokens.fixed_blocks(tokens.load_data("python-docs", "bytes")["val"], 32, 7)
+    blocks = tokens.Blocks(tokens.load_data("python-docs", "bytes")["val"], 32).evenly(7)
     for sampled in (False, True):
         found = [train.evaluate(model, blocks, size, NO_AUTOCAST,
                                 teacher=model, sampled=sampled) for size in (1, 3, 7)]
@@ -236,9 +237,9 @@ def test_the_multiplier_sees_on_held_out_text_what_the_loss_weighs(bound, base, 
         logits, ce, _ = model(idx, targets)
         p, q = dense(idx)[0].log_softmax(-1), logits.log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).mean()
-    assert kl > 0.01
+    assert kl > 0.001
     assert saved["geco"]["c"] == pytest.approx((ce if bound == "ce" else kl).item(), rel=1e-4)
-    assert saved["tau"] == pytest.approx(0.02 + (saved["ce_dense"]["val"] if bound == "ce" else 0))
+    assert saved["tau"] == pytest.approx(0.02 + (saved["dense"]["val"] if bound == "ce" else 0))
 
     command("--resume", tmp_path)  # and lambda follows from what was seen, every fourth step
     geco = GECO(saved["tau"], nu=0.04)
@@ -264,7 +265,7 @@ def test_the_divergence_is_from_the_dense_model_that_it_began_as(more, base, tmp
     dense = Transformer.from_pretrained(base)
     model = (Transformer.from_pretrained(base, str(out / "adapter.safetensors")) if more
              else Transformer.from_pretrained(str(out / "best.pt")))
-    idx, _ = tokens.fixed_blocks(tokens.load_data("python-docs", "bytes")["test"], 32, 8)
+    idx, _ = tokens.Blocks(tokens.load_data("python-docs", "bytes")["test"], 32).evenly(8)
     with torch.no_grad():
         p, q = dense(idx)[0].log_softmax(-1), model(idx)[0].log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).mean().item()

@@ -13,7 +13,7 @@ from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Lla
                           LlamaForCausalLM)
 
 from model import Config, Transformer
-from plumbing.tokens import fixed_blocks, open_tokens, tokenizer
+from plumbing.tokens import Blocks, open_tokens, tokenizer
 from plumbing.weights import read_fields
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -371,7 +371,7 @@ def test_real_gpt2_has_the_known_loss(variable, known):
         pytest.skip(f"SPARSE_GPT2: a folder with GPT-2's files; {variable}: a file of its tokens")
     data = os.environ[variable]
     data = np.memmap(data, "<u2", "r") if "OPEN" in variable else open_tokens(data, "gpt2")[0]
-    idx, targets = fixed_blocks(data, 1024, 128)
+    idx, targets = Blocks(data, 1024).evenly(128)
     model = Transformer.from_pretrained(os.environ["SPARSE_GPT2"])
     with torch.no_grad():
         ce = [model(i, t)[1].item() for i, t in zip(idx.split(4), targets.split(4))]

@@ -1,0 +1,163 @@
+"""
+Copying: text in which there is something to copy, and how well a model does it.
+
+A model that has seen AB and now sees A again should say B: induction, arXiv 2209.11895. It is the
+one task that a small model learns from any text, if pieces of the text come again. Two heads do it: one
+reads the token before, and the induction head looks for the token whose predecessor is like this one.
+"""
+
+import numpy as np
+import torch
+
+from plumbing import tasks, tokens
+
+SHORTEST = 8  # tokens of a piece that comes again
+PERIODS = (8, 12, 16, 20, 24, 32, 40, 48, 60)  # lengths of the pieces by which copying is measured
+
+
+def repeat_pieces(row, alphabet, random):
+    """Put pieces that come again into a row of text (T,), in place; between them the text goes on.
+
+    A piece has 8 to T / 2 tokens, as many from 8 to 16 as from 16 to 32. Half of the pieces are text,
+    half are different random ids; half come twice, half again and again to the end of the row. The
+    latter teach a model to copy at all, the former to copy at once.
+    """
+    at, T = int(random.integers(len(row) // 4)), len(row)
+    while at + 2 * SHORTEST < T:
+        length = int(np.exp(random.uniform(np.log(SHORTEST), np.log(T // 2 + 1))))
+        is_text, twice = random.random(2) < 0.5
+        piece = row[at : at + length] if is_text else random.permutation(alphabet)[:length]
+        end = min(T, at + 2 * len(piece)) if twice else T
+        row[at:end] = np.resize(piece, end - at)
+        at = end + int(random.integers(SHORTEST))
+
+
+# -----------------------------------------------------------------------------
+# how well
+
+
+@torch.no_grad()
+def accuracy(model, tok, context, n=64, tap=None):
+    """{period: share of tokens copied right} on random tokens that come twice, n prompts a period.
+
+    The first token of the second time is not asked for: nothing says that it comes again.
+    """
+    found = {}
+    for period in PERIODS:
+        if 2 * period <= context:
+            prompts = tasks.make("induction", tok, n, seed=period, length=period).clean
+            logits = model(prompts.to(model.wte.weight.device), tap=tap)[0][:, -period:-1]
+            found[period] = (logits.argmax(-1).cpu() == prompts[:, -period + 1:]).float().mean().item()
+    return found
+
+
+# -----------------------------------------------------------------------------
+# by which heads: read from attention maps A a (N, L, H, T, T) of prompts that come twice, T = 2 period
+
+
+def find_heads(maps):
+    """{"previous token": (l, h), "induction": (l, h)}: the heads with most weight on those two edges."""
+    period, n_head = maps.shape[-1] // 2, maps.shape[2]
+    weight = {"previous token": maps.diagonal(-1, -2, -1).mean((0, -1)),  # from i - 1 to i
+              "induction": maps.diagonal(1 - period, -2, -1)[..., 1:].mean((0, -1))}  # from i + 1 - period
+    return {role: divmod(int(w.argmax()), n_head) for role, w in weight.items()}
+
+
+def kinds(T):
+    """{kind of edge: bool (T, T)}, each pair of query i (row) and key j <= i in one of them."""
+    i, j = torch.arange(T)[:, None], torch.arange(T)
+    left, found = j <= i, {}
+    for kind, pairs in {"the token before": i - j == 1, "what came next the last time": i - j == T // 2 - 1,
+                        "the same token, the last time": i - j == T // 2, "itself": i == j,
+                        "the first token": j == 0, "another": j <= i}.items():
+        found[kind] = pairs & left & ~(kind.startswith("what") & (j == 0))  # no token comes before it
+        left = left & ~found[kind]
+    return found
+
+
+def story(maps, heads):
+    """What the open gates of a sparse model are, in numbers a prompt.
+
+    table: of the induction head, pairs [[right and open, right and shut], [others open, others shut]];
+    right: the key is the token after the last occurrence of the query's.
+    """
+    gates, of = (maps > 0).float().mean(0), kinds(maps.shape[-1])
+    previous, induction = (gates[heads[role]] for role in ("previous token", "induction"))
+    right = of["what came next the last time"]
+    counts = {kind: {f"a{l}.h{h}": gates[l, h][pairs].sum().item() for l in range(gates.shape[0])
+                     for h in range(gates.shape[1]) if gates[l, h][pairs].any()} for kind, pairs in of.items()}
+    others = ~right & torch.ones_like(right).tril()
+    return {"heads": {role: "a{}.h{}".format(*place) for role, place in heads.items()},
+            "previous_token_open": previous.diagonal(-1).mean().item(),
+            "induction_open": induction[right].mean().item(),
+            "induction_right": (induction[right].sum() / induction.sum().clamp(min=1e-9)).item(),
+            "table": [[induction[pairs].sum().item(), (1 - induction)[pairs].sum().item()]
+                      for pairs in (right, others)],
+            "open": counts}
+
+
+def shut(heads):
+    """A tap that shuts all gates of these heads (l, h): they write nothing."""
+    def tap(name, z):
+        here = [h for l, h in heads if name == f"h{l}.attn.z"]
+        if here:
+            z = z.clone()
+            z[:, :, here] = 0
+        return z
+
+    return tap
+
+
+@torch.no_grad()
+def surgery(model, tok, heads, circuit):
+    """{what is shut: {"copying": {period: share}, "ce_text": nats a token of Python's help texts}}.
+
+    heads: of find_heads; circuit: the heads (l, h) that the circuit needs.
+    """
+    context, device = min(128, model.config.block_size), model.wte.weight.device
+    text = tokens.Blocks(tokens.load_data("python-docs", tok.name)["test"], context).evenly(64)
+    idx, targets = (x.to(device) for x in text)
+    every = {(l, h) for l in range(model.config.n_layer) for h in range(model.config.n_head)}
+    names = {role: "the {} head, a{}.h{}".format(role, *place) for role, place in heads.items()}
+    cases = {"nothing": []} | {names[role]: [place] for role, place in heads.items()} | {
+        f"all but the {len(circuit)} heads of the circuit": every - circuit,
+        "all but these two": every - {*heads.values()}}
+    return {name: {"copying": accuracy(model, tok, context, tap=shut(case)),
+                   "ce_text": torch.stack([model(i[None], t[None], tap=shut(case))[1] for i, t in zip(idx, targets)])
+                   .mean().item()} for name, case in cases.items()}
+
+
+def circuits(studies, maps, tok):
+    """({"story", "surgery"}, heads): which heads copy, what their gates do, what is left without them.
+
+    studies {model: circuit_report.Study}; maps {model: A a (N, L, H, T, T)} of prompts that come twice.
+    """
+    heads, cut = {name: find_heads(m) for name, m in maps.items()}, {}
+    for name, study in studies.items():
+        nodes = [source for source, used in zip(study.graph.sources, study.by_effect.any(1)) if used]
+        circuit = {tuple(map(int, node[1:].split(".h"))) for node in nodes if node[0] == "a"}
+        cut[name] = surgery(study.model, tok, heads[name], circuit)
+    results = {"story": story(maps["sparse"], heads["sparse"]), "surgery": cut}
+    print_story(results)
+    return results, heads
+
+
+def print_story(results):
+    """What copying.story and copying.surgery found, {"sparse": ..., "dense": ...} of both."""
+    told = results["story"]
+    print(f"""
+What the gates of the sparse model say, a prompt:
+{told["heads"]["previous token"]} reads the token before in {told["previous_token_open"]:.0%} of the positions
+{told["heads"]["induction"]} reads what came next the last time in {told["induction_open"]:.0%} of the positions where \
+there is something to copy; {told["induction_right"]:.0%} of its open gates are that one
+                                              open      shut   (pairs of query and key, {told["heads"]["induction"]})
+the key is the token after the last occurrence {told["table"][0][0]:5.1f} {told["table"][0][1]:9.1f}
+it is not                                      {told["table"][1][0]:5.1f} {told["table"][1][1]:9.1f}
+All open gates, by what they read:""")
+    for kind, heads in told["open"].items():
+        most = sorted(heads, key=heads.get, reverse=True)
+        print(f"  {kind:30} {sum(heads.values()):6.1f}   " + ", ".join(f"{h} {heads[h]:.1f}" for h in most[:6]))
+    for name, cases in results["surgery"].items():
+        print(f"\n{name}: what is shut, and then copying in % by period; CE of text")
+        for case, found in cases.items():
+            print(f"  {case:42}", *(f"{100 * x:3.0f}" for x in found["copying"].values()), f"  {found['ce_text']:.3f}")
