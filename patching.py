@@ -397,7 +397,8 @@ def main(flags):
     print(f"{task.name}: {N} prompts of {T} tokens, kept of {task.made}; {task.about}")
     functions = SimpleNamespace(record=record, head_patching=head_patching, keep_heads=keep_heads,
                                 edge_scores=edge_scores, patch_edges=patch_edges, ablated=ablated,
-                                attention_maps=attention_maps, token_edges=token_edges)
+                                attention_maps=attention_maps, token_edges=token_edges,
+                                exact_edges=exact_edges)
     studies = {name: report.Study(name, model, Graph(model.config, flags.qkv), flags, functions)
                for name, model in models.items()}
     for study in studies.values():

@@ -17,6 +17,8 @@ from plumbing.flags import replace_text
 from plumbing.tasks import CHARACTERS
 
 BATCH_TOKENS = 1024  # in one forward pass
+SMALL_GRAPH = 1000  # edges up to which each one's exact effect is measured, with SOME prompts
+SOME = 32
 FRACTIONS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1)  # of the edges, where CPR is measured
 
 # -----------------------------------------------------------------------------
@@ -225,10 +227,15 @@ class Study:
 
         return self.over_prompts(task, run, dim=1)
 
-    def score_edges(self, task, progress=None):
+    def score_edges(self, task, progress=None, ig_steps=None):
         """(N, E)"""
+        steps = self.flags.ig_steps if ig_steps is None else ig_steps
         return self.over_prompts(task, lambda rows, *batch: self.do.edge_scores(
-            self.model, self.graph, *batch, self.flags.ig_steps)[:, self.graph.edges], progress)
+            self.model, self.graph, *batch, steps)[:, self.graph.edges], progress)
+
+    def square(self, scores):
+        """Scores (E,) as (S, V)."""
+        return torch.zeros(self.graph.edges.shape).masked_scatter(self.graph.edges, scores)
 
     @torch.no_grad()
     def run_circuits(self, task, value, sizes, progress=None):
@@ -263,7 +270,7 @@ class Study:
                                      self.full, self.empty)
 
         graph, self.scores = self.graph, self.score_edges(task, "edges")
-        self.mean = torch.zeros(graph.edges.shape).masked_scatter(graph.edges, self.scores.mean(0))
+        self.mean = self.square(self.scores.mean(0))
         if not self.mean.any():
             raise ValueError(
                 f"every edge of the {self.name} model has the score 0: only gates that open or close "
@@ -281,6 +288,25 @@ class Study:
             signed, unsigned = (Curve(sizes, self.run_circuits(task, value, sizes, "CPR"), self.full, none)
                                 for value in (-self.mean, size))
             self.numbers |= {"cpr": cpr(signed.effect())[0], "cmd": cpr(unsigned.effect())[1]}
+        if not self.flags.fast and len(graph) <= SMALL_GRAPH:
+            self.numbers["rankings"] = self.rankings(task, none)
+
+    def rankings(self, task, none):
+        """{how edges are ranked: edges_for_0.9, spearman: rank correlation of |score| with |exact effect|}."""
+        def first(idx):
+            return idx[:SOME].to(self.flags.device)
+
+        exact = self.do.exact_edges(self.model, self.graph, first(task.clean), first(task.corrupt),
+                                    lambda logits: task.metric(logits, slice(0, SOME)))[self.graph.edges]
+        ranked, found = exact.abs().argsort().argsort().double(), {}
+        for name, scores in {"exact": exact, "EAP": self.score_edges(task, ig_steps=0).mean(0),
+                             "EAP-IG": self.score_edges(task, ig_steps=5).mean(0)}.items():
+            size = scores.abs()
+            curve = trace(grid(len(self.graph), self.flags.per_decade),
+                          lambda n: self.run_circuits(task, self.square(size), n), self.full, none)
+            both = torch.stack([ranked, size.argsort().argsort().double()])
+            found[name] = {"edges_for_0.9": curve.needed(), "spearman": both.corrcoef()[0, 1].item()}
+        return found
 
     def count(self):
         """The numbers of these prompts."""
@@ -353,6 +379,10 @@ def print_table(results):
         ratio, limits = results["ratio"].get(key), results["interval"].get(key)
         print(f"{key:42}" + "".join(f"{cell:>10}" for cell in cells) + f"{f'{ratio:.1f}' if ratio else '':>8}"
               + (f"  {limits[0]:.2g} to {limits[1]:.2g}" if limits else ""))
+    for way in results["dense"].get("rankings", ()):
+        cells = (results[name]["rankings"][way] for name in names)
+        print(f"{f'edges_for_0.9 ranked by {way} (rank correlation)':42}"
+              + "".join(f"{c['edges_for_0.9']:5} ({c['spearman']:.2f})"[:10].rjust(12) for c in cells))
 
 
 def write_edges(studies, path):

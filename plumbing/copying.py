@@ -18,18 +18,28 @@ PERIODS = (8, 12, 16, 20, 24, 32, 40, 48, 60)  # lengths of the pieces by which 
 def repeat_pieces(row, alphabet, random):
     """Put pieces that come again into a row of text (T,), in place; between them the text goes on.
 
-    A piece has 8 to T / 2 tokens, as many from 8 to 16 as from 16 to 32. Half of the pieces are text,
-    half are different random ids; half come twice, half again and again to the end of the row. The
-    latter teach a model to copy at all, the former to copy at once.
+    A piece has 8 to T / 2 tokens, as many from 8 to 16 as from 16 to 32; half of the pieces are text, half
+    are different random ids. It comes twice or, if there is room, more often, one after the other.
+    Returns bool (T,): random ids that come for the first time, which no model can foresee.
     """
-    at, T = int(random.integers(len(row) // 4)), len(row)
-    while at + 2 * SHORTEST < T:
-        length = int(np.exp(random.uniform(np.log(SHORTEST), np.log(T // 2 + 1))))
-        is_text, twice = random.random(2) < 0.5
-        piece = row[at : at + length] if is_text else random.permutation(alphabet)[:length]
-        end = min(T, at + 2 * len(piece)) if twice else T
+    T, unforeseen = len(row), np.zeros(len(row), bool)
+    at = int(random.integers(SHORTEST))
+    while at + 2 * SHORTEST <= T:
+        length = log_uniform(random, SHORTEST, (T - at) // 2 + 1)
+        if random.random() < 0.5:
+            piece = row[at : at + length]
+        else:
+            piece = random.permutation(alphabet)[:length]
+            unforeseen[at : at + length] = True
+        end = at + len(piece) * log_uniform(random, 2, (T - at) // len(piece) + 1)
         row[at:end] = np.resize(piece, end - at)
         at = end + int(random.integers(SHORTEST))
+    return unforeseen
+
+
+def log_uniform(random, low, high):
+    """An integer from low to high - 1, small ones more often: log n is uniform."""
+    return int(np.exp(random.uniform(np.log(low), np.log(high))))
 
 
 # -----------------------------------------------------------------------------

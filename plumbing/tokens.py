@@ -344,7 +344,8 @@ class Blocks:
     tokens: a 1-D integer array, or a list of them, which no block straddles. Block number i of
     the training is in epoch i // n_blocks; each epoch has all the blocks once, in an order of its
     own that follows from (seed, epoch). The state is the count of blocks consumed. repeat: the share
-    of the blocks in which `repeat_pieces` puts something to copy, of text and of ids in `alphabet`.
+    of the blocks in which `repeat_pieces` puts something to copy, of text and of ids in `alphabet`;
+    every other one at 0.5, so that each batch has its share. What can not be foreseen has target -1.
     """
 
     def __init__(self, tokens, block_size, seed=0, repeat=0.0, alphabet=()):
@@ -388,14 +389,15 @@ class Blocks:
 
     def read(self, blocks, start):
         """idx, targets of these blocks of the data, which are number start, start + 1, ... of all."""
-        rows = []
-        for number, block in enumerate(map(int, blocks), start):
+        rows, ignored = [], np.zeros((len(blocks), self.block_size + 1), bool)
+        for n, block in enumerate(map(int, blocks)):
             i = int(np.searchsorted(self.ends, block, "right"))
             first = (block - (int(self.ends[i - 1]) if i else 0)) * self.block_size
             rows.append(self.tokens[i][first : first + self.block_size + 1].astype(np.int64))
-            if self.repeat:
-                random = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(number, 0)))
-                if random.random() < self.repeat:
-                    repeat_pieces(rows[-1], self.alphabet, random)
+            before = (start + n) * self.repeat
+            if int(before + self.repeat) > int(before):
+                random = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(start + n, 0)))
+                ignored[n] = repeat_pieces(rows[n], self.alphabet, random)
         rows = torch.from_numpy(np.stack(rows))
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        targets = rows.masked_fill(torch.from_numpy(ignored), -1)
+        return rows[:, :-1].contiguous(), targets[:, 1:].contiguous()

@@ -42,9 +42,9 @@ def test_it_writes_results_edges_and_figures(pair, tmp_path, capsys):
     for name in ("dense", "sparse"):
         r = results[name]
         assert r["n"] == 12 and r["edges"] == 46 and r["nodes"] == 6
-        assert r.keys() == {
+        assert set(r) == {
             "n", "accuracy", "metric_clean", "metric_corrupt", "edges", "nodes", "curves",
-            "heads_for_0.9_per_sentence", "heads_for_0.9_global", "sentences_left_out_of_quartiles",
+            "rankings", "heads_for_0.9_per_sentence", "heads_for_0.9_global", "sentences_left_out_of_quartiles",
             "edges_for_0.9", "edges_for_0.9_after_pruning", "heads_in_circuit", "mlps_in_circuit",
             "nodes_for_0.9", "accuracy_on_other_prompts", "explained_effect_on_other_prompts",
             "edges_for_0.9_cumulative", "edges_for_0.9_cumulative_mean_of_curves", "jaccard_of_two_draws",
@@ -98,12 +98,52 @@ def test_bad_input_is_one_clear_line(pair, tmp_path, flags, message):
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_the_command_line_exits_with_2(pair, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["patching.py", "--dense", str(pair / "dense.pt")])
+def test_without_a_demo_run_it_says_what_to_run_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["patching.py"])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(os.path.join(ROOT, "patching.py"), run_name="__main__")
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and "--sparse" in error
+    assert stopped.value.code == 2 and error.count("\n") == 1 and "run `python train.py` first" in error
+
+
+COPYING = dict(block_size=48, vocab_size=257, n_layer=2, n_head=2, n_embd=16, position="rope", init_std=0.3)
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """Random models where train.py would leave those of its demo."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    dense = Transformer(Config(**COPYING))
+    sparse = Transformer(Config(**COPYING, sparse=True, gate_bias=0.5))
+    sparse.load_state_dict(dense.state_dict())
+    for folder, name, model in (("dense", "last", dense), ("control", "last", dense), ("", "best", sparse)):
+        os.makedirs(os.path.join("out/scratch", folder), exist_ok=True)
+        model.save_checkpoint(os.path.join("out/scratch", folder, f"{name}.pt"))
+
+
+def test_without_flags_it_opens_the_demo(demo, capsys):
+    main(parse(Flags, ["--n", "8", "--force", "--per-decade", "3"]))
+    results = json.load(open("out/patching-induction/results.json"))
+    assert results["control"] == results["dense"] and results["ratio_control"] == results["ratio"]
+    assert results["copying"].keys() == {"story", "surgery"}
+    assert results["copying"]["surgery"].keys() == {"dense", "control", "sparse"}
+    story = results["copying"]["story"]
+    assert sum(map(sum, story["table"])) == pytest.approx(32 * 33 / 2)
+    assert 0 < story["induction_right"] < 1 and set(story["heads"]) == {"previous token", "induction"}
+    for name in ("dense", "sparse"):
+        ranked = results[name]["rankings"]
+        assert ranked.keys() == {"exact", "EAP", "EAP-IG"} and ranked["exact"]["spearman"] == pytest.approx(1)
+        assert 0 < ranked["EAP"]["spearman"] < 1 and 1 <= ranked["EAP"]["edges_for_0.9"] <= 46
+    printed = capsys.readouterr().out
+    assert "What the gates of the sparse model say" in printed and "ranked by EAP-IG" in printed
+    assert open("out/patching-induction/copying.png", "rb").read(4) == b"\x89PNG"
+
+
+def test_a_model_that_can_not_copy_is_refused(demo):
+    with pytest.raises(ValueError, match="dense: right on 0% of the induction prompts, below 50%"):
+        main(parse(Flags, ["--n", "8"]))
 
 
 def test_estimates_are_the_exact_effects_of_small_changes():
