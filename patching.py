@@ -395,10 +395,9 @@ def main(flags):
     flags.out = open_folder(flags.out or f"out/patching-{flags.task}")
     N, T = task.clean.shape
     print(f"{task.name}: {N} prompts of {T} tokens, kept of {task.made}; {task.about}")
-    functions = SimpleNamespace(record=record, head_patching=head_patching, keep_heads=keep_heads,
-                                edge_scores=edge_scores, patch_edges=patch_edges, ablated=ablated,
-                                attention_maps=attention_maps, token_edges=token_edges,
-                                exact_edges=exact_edges)
+    functions = SimpleNamespace(**{f.__name__: f for f in (
+        record, head_patching, keep_heads, edge_scores, patch_edges, ablated, exact_edges, attention_maps,
+        token_edges)})
     studies = {name: report.Study(name, model, Graph(model.config, flags.qkv), flags, functions)
                for name, model in models.items()}
     for study in studies.values():

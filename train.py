@@ -46,7 +46,7 @@ class Flags:
     n_head: int = 4  # heads a layer
     n_embd: int = 128  # width
     position: str = "rope"  # rope or learned: how the model knows which token is where
-    dense_steps: int = 2000  # steps of dense training before the sparse ones
+    dense_steps: int = 3000  # steps of dense training before the sparse ones
     repeat: float | None = None  # share of sequences with pieces to copy; default .5 from scratch, else 0
     # the method
     sparse: bool = True  # gates and penalty; --no-sparse is the dense control
@@ -96,7 +96,7 @@ class Flags:
                 raise ValueError(message)
 
 
-DENSE_LR = 2e-3  # highest learning rate of the dense base from scratch
+DENSE_LR = 3e-3  # highest learning rate of the dense base from scratch
 LOOK_EVERY = 4  # steps between held-out batches for the multiplier: a tenth of the time
 EVAL_SEQUENCES = 64  # held-out, and test, sequences of an evaluation
 
@@ -109,8 +109,9 @@ def starting_point(flags):
     if flags.init == "scratch":
         torch.manual_seed(flags.seed)
         vocabulary = tokens.tokenizer(flags.tokenizer or "bytes").vocab_size
-        config = Config(block_size=flags.context or 128, vocab_size=vocabulary, n_layer=flags.n_layer,
-                        n_head=flags.n_head, n_embd=flags.n_embd, position=flags.position)
+        # GPT-2's init_std of 0.02 suits wider models; with it this one begins to copy much later
+        config = Config(flags.context or 128, vocabulary, flags.n_layer, flags.n_head, n_embd=flags.n_embd,
+                        position=flags.position, init_std=0.06)
         named = Transformer(config).state_dict()
     else:
         fields, named = fsdp.first_on_each_machine(lambda: weights.read_model(flags.init, flags.adapter))
@@ -333,9 +334,8 @@ def main(flags):
     with fsdp.process_group(flags.fsdp, pick_device(flags.device), flags.out, flags.batch_size):
         if flags.benchmark:
             return runs.benchmark(flags, train)
-        todo = [(flags, saved)]
-        if flags.init == "scratch" and not saved:
-            todo = runs.unfinished(phases(flags))
+        from_scratch = flags.init == "scratch" and not saved
+        todo = runs.unfinished(phases(flags)) if from_scratch else [(flags, saved)]
         with runs.progress(todo) as bar:
             for part, saved in todo:
                 train(part, saved, bar)

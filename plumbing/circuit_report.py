@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing import copying, figures
+from plumbing import copying, figures, tokens
 from plumbing.flags import replace_text
 from plumbing.tasks import CHARACTERS
 
@@ -420,7 +420,9 @@ def draw(studies, task, tok, results):
     labels, first = [tok.decode([i]) for i in clean[0].tolist()], {name: m[0] for name, m in maps.items()}
     pictures = figures.draw_studies(flags.out, studies, results, first, strength, labels)
     if task.name == "induction":
-        results["copying"], heads = copying.circuits(studies, maps, tok)
+        context = min(128, sparse.model.config.block_size)
+        text = tokens.Blocks(tokens.python_docs(tok)["test"], context).evenly(64)
+        results["copying"], heads = copying.circuits(studies, maps, tok, text)
         pictures.append(os.path.join(flags.out, "copying.png"))
         figures.draw_copying(studies, first, heads, labels, pictures[-1])
     return pictures

@@ -9,7 +9,7 @@ reads the token before, and the induction head looks for the token whose predece
 import numpy as np
 import torch
 
-from plumbing import tasks, tokens
+from plumbing import tasks
 
 SHORTEST = 8  # tokens of a piece that comes again
 PERIODS = (8, 12, 16, 20, 24, 32, 40, 48, 60)  # lengths of the pieces by which copying is measured
@@ -119,34 +119,33 @@ def shut(heads):
 
 
 @torch.no_grad()
-def surgery(model, tok, heads, circuit):
-    """{what is shut: {"copying": {period: share}, "ce_text": nats a token of Python's help texts}}.
+def surgery(model, tok, heads, circuit, text):
+    """{what is shut: {"copying": {period: share}, "ce_text": nats a token of text (idx, targets)}}.
 
     heads: of find_heads; circuit: the heads (l, h) that the circuit needs.
     """
-    context, device = min(128, model.config.block_size), model.wte.weight.device
-    text = tokens.Blocks(tokens.load_data("python-docs", tok.name)["test"], context).evenly(64)
-    idx, targets = (x.to(device) for x in text)
+    idx, targets = (x.to(model.wte.weight.device) for x in text)
     every = {(l, h) for l in range(model.config.n_layer) for h in range(model.config.n_head)}
     names = {role: "the {} head, a{}.h{}".format(role, *place) for role, place in heads.items()}
     cases = {"nothing": []} | {names[role]: [place] for role, place in heads.items()} | {
         f"all but the {len(circuit)} heads of the circuit": every - circuit,
         "all but these two": every - {*heads.values()}}
-    return {name: {"copying": accuracy(model, tok, context, tap=shut(case)),
+    return {name: {"copying": accuracy(model, tok, idx.shape[1], tap=shut(case)),
                    "ce_text": torch.stack([model(i[None], t[None], tap=shut(case))[1] for i, t in zip(idx, targets)])
                    .mean().item()} for name, case in cases.items()}
 
 
-def circuits(studies, maps, tok):
+def circuits(studies, maps, tok, text):
     """({"story", "surgery"}, heads): which heads copy, what their gates do, what is left without them.
 
-    studies {model: circuit_report.Study}; maps {model: A a (N, L, H, T, T)} of prompts that come twice.
+    studies {model: circuit_report.Study}; maps {model: A a (N, L, H, T, T)} of prompts that come twice;
+    text: (idx, targets), each (N, T).
     """
     heads, cut = {name: find_heads(m) for name, m in maps.items()}, {}
     for name, study in studies.items():
         nodes = [source for source, used in zip(study.graph.sources, study.by_effect.any(1)) if used]
         circuit = {tuple(map(int, node[1:].split(".h"))) for node in nodes if node[0] == "a"}
-        cut[name] = surgery(study.model, tok, heads[name], circuit)
+        cut[name] = surgery(study.model, tok, heads[name], circuit, text)
     results = {"story": story(maps["sparse"], heads["sparse"]), "surgery": cut}
     print_story(results)
     return results, heads

@@ -290,11 +290,14 @@ def prepare(paths, out, tokenizer_name):
 # load_data: what train.py calls
 
 
-def python_docs():
-    """The help topics in every installation of Python: about 80 documents of English, 465 kB."""
+def python_docs(tok):
+    """{split: tokens} of the help topics in every installation of Python: 80 documents, 465 kB of English."""
     from pydoc_data.topics import topics
 
-    return (topics[name] for name in sorted(topics))
+    parts = {split: [] for split in SPLITS}
+    for n, name in enumerate(sorted(topics)):
+        parts[split_of(n)] += [tok.encode(topics[name]), [tok.eot]]
+    return {split: joined(part, tok) for split, part in parts.items()}
 
 
 def fineweb(n_tokens):
@@ -315,10 +318,7 @@ def load_data(data, tokenizer_name, n_tokens=None):
     tok = tokenizer(tokenizer_name)
     data = data or ("fineweb" if tok.name == "gpt2" else "python-docs")
     if data == "python-docs":
-        parts = {split: [] for split in SPLITS}
-        for n, text in enumerate(python_docs()):
-            parts[split_of(n)] += [tok.encode(text), [tok.eot]]
-        *train, val, test = (joined(part, tok) for part in parts.values())
+        *train, val, test = python_docs(tok).values()
     elif data == "fineweb":
         if tok.name != "gpt2":
             raise ValueError(f"fineweb holds tokens of 'gpt2', not of {tok.name!r}: give .txt files "

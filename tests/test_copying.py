@@ -138,11 +138,11 @@ def test_surgery_shuts_what_it_says():
     torch.manual_seed(0)
     model = Transformer(Config(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=16, init_std=0.3))
     heads = {"previous token": (0, 1), "induction": (1, 0)}
-    cut = copying.surgery(model, BYTES, heads, {(0, 1), (1, 0), (1, 1)})
+    text = idx, targets = tokens.Blocks(tokens.load_data("python-docs", "bytes")["test"], 32).evenly(64)
+    cut = copying.surgery(model, BYTES, heads, {(0, 1), (1, 0), (1, 1)}, text)
     assert list(cut) == ["nothing", "the previous token head, a0.h1", "the induction head, a1.h0",
                          "all but the 3 heads of the circuit", "all but these two"]
     assert cut["nothing"]["copying"] == copying.accuracy(model, BYTES, 32)
-    idx, targets = tokens.Blocks(tokens.load_data("python-docs", "bytes")["test"], 32).evenly(64)
     for name, left_out in (("nothing", []), ("the induction head, a1.h0", [(1, 0)]),
                            ("all but the 3 heads of the circuit", [(0, 0)]),
                            ("all but these two", [(0, 0), (1, 1)])):
