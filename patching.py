@@ -351,7 +351,7 @@ class Flags:
     adapter: str | None = None  # adapter.safetensors on top of --sparse
     task: str = "induction"  # ioi, greater-than, induction or addition
     corrupt: str | None = None  # which corruption of the task, see plumbing/tasks.py
-    n: int = 64  # prompts
+    n: int = 32  # prompts
     out: str | None = None  # folder for results.json, edges.csv and the figures
     qkv: str = "split"  # split: a head reads by q, k and v; merged: once
     ig_steps: int = 5  # 0: plain EAP; m: EAP-IG with m midpoints

@@ -57,7 +57,7 @@ class Flags:
     lora: int = 0  # rank of adapters on the blocks' matrices, all else frozen; 0: train everything
     # the steps
     steps: int = 3000  # optimiser steps
-    lr: float | None = None  # highest learning rate; default 1e-3 from scratch, else 1e-4
+    lr: float | None = None  # highest learning rate; default 2e-3 from scratch, else 1e-4
     context: int | None = None  # tokens a sequence; default 1024 or what the model takes
     batch_size: int = 8  # sequences in memory at a time, over all ranks
     accumulate: int = 1  # gradient accumulation: batches a step
@@ -83,7 +83,7 @@ class Flags:
             "bound": "ce | kl", "position": "rope | learned",
             "device": "auto | cpu | cuda | mps", "dtype": "auto | float32 | bfloat16",
         })
-        self.lr = self.lr or (1e-3 if self.init == "scratch" else 1e-4)
+        self.lr = self.lr or (2e-3 if self.init == "scratch" else 1e-4)
         self.repeat = (0.5 if self.init == "scratch" else 0.0) if self.repeat is None else self.repeat
         for wrong, message in (
                 (not 0 <= self.repeat <= 1, f"--repeat {self.repeat}: give a share from 0 to 1"),

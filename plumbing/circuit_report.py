@@ -18,7 +18,7 @@ from plumbing.tasks import CHARACTERS
 
 BATCH_TOKENS = 1024  # in one forward pass
 SMALL_GRAPH = 1000  # edges up to which each one's exact effect is measured, with SOME prompts
-SOME = 32
+SOME = 8
 FRACTIONS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1)  # of the edges, where CPR is measured
 
 # -----------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def surgery(model, tok, heads, circuit, text):
     cases = {"nothing": []} | {names[role]: [place] for role, place in heads.items()} | {
         f"all but the {len(circuit)} heads of the circuit": every - circuit,
         "all but these two": every - {*heads.values()}}
-    return {name: {"copying": accuracy(model, tok, idx.shape[1], tap=shut(case)),
+    return {name: {"copying": accuracy(model, tok, idx.shape[1], n=32, tap=shut(case)),
                    "ce_text": torch.stack([model(i[None], t[None], tap=shut(case))[1] for i, t in zip(idx, targets)])
                    .mean().item()} for name, case in cases.items()}
 

@@ -130,7 +130,7 @@ def draw_circuit(axis, name, study):
         axis.plot(x, y, "s" if node[0] == "m" else "o", color="black" if used else "0.85",
                   markersize=min(12, max(2, 60 / max(L, H))) * (1 if used else 0.5), zorder=3)
     kinds = [node[0] for node in kept]
-    axis.set(title=f"{name}: {int(edges.sum()):,} edges hold 0.9 of the sum of |scores|,\n"
+    axis.set(title=f"{name}: 0.9 of the sum of |scores| in\n{int(edges.sum()):,} edges, "
                    f"{kinds.count('a')} heads, {kinds.count('m')} MLPs", xlim=(-0.7, H + 0.5),
              ylim=(-1.6, L + 0.6), xlabel="head (right: MLP)",
              ylabel="layer (bottom: embedding, top: logits)",

@@ -142,7 +142,7 @@ def test_surgery_shuts_what_it_says():
     cut = copying.surgery(model, BYTES, heads, {(0, 1), (1, 0), (1, 1)}, text)
     assert list(cut) == ["nothing", "the previous token head, a0.h1", "the induction head, a1.h0",
                          "all but the 3 heads of the circuit", "all but these two"]
-    assert cut["nothing"]["copying"] == copying.accuracy(model, BYTES, 32)
+    assert cut["nothing"]["copying"] == copying.accuracy(model, BYTES, 32, n=32)
     for name, left_out in (("nothing", []), ("the induction head, a1.h0", [(1, 0)]),
                            ("all but the 3 heads of the circuit", [(0, 0)]),
                            ("all but these two", [(0, 0), (1, 1)])):
