@@ -271,7 +271,8 @@ def train(flags, saved=None, bar=None):
         # the multiplier: does the bound hold on text that the weights are not trained on?
         if flags.sparse and step % LOOK_EVERY == 0:
             first = step // LOOK_EVERY * flags.batch_size + fsdp.rank() * size
-            idx, targets = (x.to(device) for x in held_out.batch(first, size))
+            rows = torch.arange(first, first + size) % len(fixed["val"][0])  # those that tau is from, in turn
+            idx, targets = (x[rows].to(device) for x in fixed["val"])
             with torch.no_grad(), amp():
                 logits, ce, _ = model(idx, targets)  # deterministic gates, as they will be used
                 constraint = divergence(teacher, logits, idx) if teacher else ce

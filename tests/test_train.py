@@ -14,7 +14,6 @@ import train
 from geco import GECO
 from model import Transformer
 from plumbing import figures, flags, tokens
-from sparse import fold_in
 
 SMALL = ["--batch-size", "4", "--context", "32", "--eval-every", "10", "--data", "python-docs"]
 NO_AUTOCAST = partial(torch.autocast, "cpu", enabled=False)
@@ -114,8 +113,7 @@ def test_base_and_sparse_phase_do_not_see_the_same_first_batches(tmp_path, monke
                    for one in (seen[0][0], seen[-1][0]))
     assert len(base) == 16 and not base & later
     of_run = [rows for order, rows in seen if order == seen[-1][0]]
-    sparse = of_run[4:6] + of_run[7:9]  # between them a held-out batch, after the first step
-    assert of_run[:4] == sparse[:1] + of_run[6:9] == of_run[9:], "the control, the sparse run, a dense one"
+    assert of_run[:4] == of_run[4:8] == of_run[8:], "the control, the sparse run, a dense one"
 
 
 def test_best_is_the_sparsest_state_within_the_bound(base, tmp_path, monkeypatch):
@@ -231,8 +229,8 @@ def test_the_multiplier_sees_on_held_out_text_what_the_loss_weighs(bound, base, 
                 "--out", tmp_path)
     saved = last_of(tmp_path)
     dense, model = Transformer.from_pretrained(base), Transformer.from_pretrained(str(tmp_path / "last.pt"))
-    held_out = tokens.Blocks(tokens.load_data("python-docs", "bytes")["val"], 32, fold_in(0, 0).item())
-    idx, targets = held_out.batch(0, 4)
+    held_out = tokens.Blocks(tokens.load_data("python-docs", "bytes")["val"], 32).evenly(8)  # as for tau
+    idx, targets = (x[:4] for x in held_out)
     with torch.no_grad():
         logits, ce, _ = model(idx, targets)
         p, q = dense(idx)[0].log_softmax(-1), logits.log_softmax(-1)
@@ -269,7 +267,7 @@ def test_the_divergence_is_from_the_dense_model_that_it_began_as(more, base, tmp
     with torch.no_grad():
         p, q = dense(idx)[0].log_softmax(-1), model(idx)[0].log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).mean().item()
-    assert kl > 0.05 and results_of(out)["kl_sparse"] == pytest.approx(kl, rel=1e-3)
+    assert kl > 0.01 and results_of(out)["kl_sparse"] == pytest.approx(kl, rel=1e-3)
 
 
 @pytest.mark.parametrize("tau", [1e-9, 1e9])
