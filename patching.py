@@ -393,8 +393,7 @@ def main(flags):
     task, second = (tasks.make(flags.task, tok, flags.n, seed, flags.corrupt)
                     for seed in (flags.seed, flags.seed + 1))
     flags.out = open_folder(flags.out or f"out/patching-{flags.task}")
-    N, T = task.clean.shape
-    print(f"{task.name}: {N} prompts of {T} tokens, kept of {task.made}; {task.about}")
+    print("{}: {} prompts of {} tokens, kept of {}; {}".format(task.name, *task.clean.shape, task.made, task.about))
     functions = SimpleNamespace(**{f.__name__: f for f in (
         record, head_patching, keep_heads, edge_scores, patch_edges, ablated, exact_edges, attention_maps,
         token_edges)})
@@ -407,8 +406,8 @@ def main(flags):
     results = report.compare(studies, flags.seed)
     pictures = report.draw(studies, task, tok, results)
     report.print_table(results)
-    wrote = write_results(flags.out, started, flags.device, task=task.name, about=task.about, tokens=T,
-                          prompts_made=task.made, flags=asdict(flags), **results)
+    wrote = write_results(flags.out, started, flags.device, task=task.name, about=task.about,
+                          tokens=task.clean.shape[1], prompts_made=task.made, flags=asdict(flags), **results)
     print("wrote", wrote, report.write_edges(studies, f"{flags.out}/edges.csv"), *pictures)
 
 

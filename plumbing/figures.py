@@ -277,6 +277,8 @@ def draw_training(folder, trace, best, tau, ce_dense, control, context):
     loss.axhline(tau, color="black", linestyle="--", linewidth=1, label="$\\tau$")
     if bounded == "ce":
         loss.axhline(ce_dense, color="black", linewidth=1, label="dense model")
+    if control:
+        loss.plot(*zip(*control["trace"]), ":", color="black", label="dense control")
     loss.legend(fontsize=9)
     loss.set(xlabel="step", ylabel=f"held-out {bounded.upper()} (nats a token)")
     edges.plot(steps, opened)

@@ -134,7 +134,7 @@ def read_control(folder, flags, ce_dense):
     try:
         with open(os.path.join(folder, "results.json")) as f:
             control = json.load(f)
-        theirs, their_ce, _ = control["flags"], control["ce_dense"], (control["ce_val"], control["copying"])
+        theirs, their_ce, _ = control["flags"], control["ce_dense"], (control["ce_val"], control["copying"], control["trace"])
     except (OSError, ValueError, KeyError):
         raise ValueError(f"--control {folder}: no results.json of a finished --no-sparse run is in it") from None
     for name in ("steps", "batch_size", "accumulate", "context", "lr", "seed", "lora", "dtype", "repeat"):
@@ -193,7 +193,7 @@ class Run:
               f"held-out CE at the start, dense: {ce_dense:.4f} nats; a model that knows nothing has "
               f"ln({vocabulary}) = {math.log(vocabulary):.4f}")
         if flags.sparse:
-            print(f"tau = {tau:.4f}: the fewest open edges at a held-out {flags.bound} of at most that")
+            print(f"tau = {tau:.4f} at the end: the fewest open edges at a held-out {flags.bound} of at most that")
 
     def steps(self):
         """The numbers of the steps to do: to the end of the run or the sitting, or until Ctrl-C.
@@ -278,7 +278,8 @@ class Run:
             self.export("last", self.flags.steps, model)  # the final weights in one file
         last = measure(model)
         if not self.flags.sparse:
-            return {"ce": last["ce"], "ce_val": trace[-1]["ce"], "copying": copies(model)}
+            return {"ce": last["ce"], "ce_val": trace[-1]["ce"], "copying": copies(model),
+                    "trace": [[point["step"], point["ce"]] for point in trace]}
         if best:
             self.load_best(model)
         else:

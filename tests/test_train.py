@@ -84,6 +84,13 @@ def test_with_no_init_it_trains_a_base_and_then_shuts_edges(tmp_path, capsys):
                 "tokens_per_second"):
         assert key in results
     assert results["ce_dense"] < 4 and results["tokens"] == 60 * 4 * 32
+    control, base = results_of(tmp_path / "control"), results_of(tmp_path / "dense")
+    assert results["ce_dense_control"] == control["ce"] and control["ce_dense"] == base["ce"] == results["ce_dense"]
+    assert results["tau"] == pytest.approx(0.5 + control["ce_val"])
+    assert control["trace"] == [[0, last_of(tmp_path)["dense"]["val"]], [60, control["ce_val"]]]
+    for key, of in (("copying_dense", base), ("copying_dense_control", control)):
+        assert results[key] == of["copying"] and set(results[key]) == {"8", "12", "16"}
+    assert set(results["copying_sparse"]) == {"8", "12", "16"} and "copying, % by period: 8 " in printed
     assert abs(results["open_edges_per_query"] - results["open_frac"] * 16.5) < 1e-9
     assert max(line["lr"] for line in log_of(tmp_path / "dense", "lr")) == train.DENSE_LR
     steps = log_of(tmp_path, "open")
@@ -329,7 +336,7 @@ def error_of(argv, capsys, monkeypatch):
     [
         (["--lr", "abc"], "--lr: invalid float value"),
         (["--init", "gpt5"], "no file or folder here and no hub name"),
-        (["--init", "BASE", "--context", "64"], "the model takes 1 to 32"),
+        (["--init", "BASE", "--context", "64"], "64 tokens do not fit the model's context of 32"),
         (["--init", "BASE", "--tokenizer", "klingon"], "unknown tokenizer 'klingon'"),
         (["--init", "BASE", "--data", "nowhere.txt"], "'nowhere.txt'"),
         (["--init", "BASE", "--device", "tpu"], "--device must be"),
@@ -349,6 +356,10 @@ def error_of(argv, capsys, monkeypatch):
         (["--lora", "2"], "--lora needs a trained --init"),
         (["--dry-run"], "--dry-run needs an --init"),
         (["--steps", "0"], "--steps must be at least 1"),
+        (["--repeat", "1.5"], "--repeat 1.5: give a share from 0 to 1"),
+        (["--repeat", "nan"], "--repeat nan: give a share from 0 to 1"),
+        (["--context", "12"], "does not come twice in a context of 12: give --context 16 or more, or --repeat 0"),
+        (["--position", "alibi"], "--position must be one of rope, learned"),
         (["--n-head", "3"], "n_embd 128 must be a multiple of n_head 3"),
         (["--resume", "nowhere"], "no last.pt"),
     ],
