@@ -111,7 +111,7 @@ def test_train_writes_an_adapter_that_every_script_reloads(tmp_path, monkeypatch
     assert best["step"] == whole["best_step"]
     for key in ("ce", "open"):
         assert abs(start[key] - best[key]) < 1e-5, key
-    val = tokens.fixed_blocks(tokens.load_data("text.txt", "bytes")["val"], 24, 8)
+    val = tokens.Blocks(tokens.load_data("text.txt", "bytes")["val"], 24).evenly(8)
     merged = Transformer.from_pretrained("base", adapter[1])
     sampled = train.evaluate(merged, val, 4, NO_AUTOCAST, sampled=True)["ce"]
     assert abs(sampled - best["ce_sampled"]) < 1e-5

@@ -77,9 +77,40 @@ def test_the_language_model_table_is_the_result_files():
         assert row in README, row
     assert sparse["ce_sparse"] <= sparse["ce_dense"] and sparse["open_frac"] <= 0.03
     assert sparse["ce_sparse"] <= control["ce"] + 0.05
-    demo = results("demo")
-    for number in (f"{demo['ce_dense']:.3f}", f"{demo['ce_sparse']:.3f}", f"{demo['open_frac']:.2%}"):
-        assert number in README, number
+
+
+PERIODS = ("8", "12", "16", "24", "32", "48", "60")
+
+
+def test_the_copying_tables_are_the_result_files():
+    r, circuit = results("demo"), results("demo/circuit")
+    base, control = results("demo/dense"), results("demo/control")
+    assert (r["ce_dense"], r["ce_dense_control"]) == (base["ce"], control["ce"])
+    half = (r["context_length"] + 1) / 2
+    for name, ce, share, key in (("dense base", r["ce_dense"], 1, "copying_dense"),
+                                 ("dense control", r["ce_dense_control"], 1, "copying_dense_control"),
+                                 ("sparse", r["ce_sparse"], r["open_frac"], "copying_sparse")):
+        copied = " | ".join(f"{100 * r[key][period]:.0f}" for period in PERIODS)
+        assert f"| {name} | {ce:.3f} | {share:.2%} | {share * half:.2f} | {copied} |" in README, name
+    story = circuit["copying"]["story"]
+    for name, (opened, shut) in zip(("the token after the last occurrence", "another"), story["table"]):
+        assert f"| {name} | {opened:.1f} | {shut:.1f} |" in README
+    for share in ("previous_token_open", "induction_open", "induction_right"):
+        assert f"{story[share]:.0%} of " in README.replace("\n", " ")
+
+
+def test_the_table_of_the_demo_s_seeds_is_the_result_files():
+    rows = re.findall(r"^\| (\d) \| (\S+)% \| (\S+) \| (\d+), (\d+) \|(.*)$", README, re.M)
+    assert len(rows) >= 3 and [int(row[0]) for row in rows] == [*range(len(rows))]
+    for seed, share, above, dense, sparse, ratios in rows:
+        folder = "demo" if seed == "0" else f"demo/seed{seed}"
+        r, c = results(folder), results(f"{folder}/circuit")
+        assert r["flags"]["seed"] == int(seed) and share == f"{100 * r['open_frac']:.2f}"
+        assert above == f"{r['ce_sparse'] - r['ce_dense_control']:.3f}"
+        for shown, key in ((dense, "copying_dense"), (sparse, "copying_sparse")):
+            assert shown == f"{100 * min(v for p, v in r[key].items() if int(p) >= 16):.0f}"
+        for key in ("edges_for_0.9_cumulative_mean_of_curves", "edges_for_0.9_cumulative", "edges_for_0.9"):
+            assert f"{c['dense'][key]} / {c['sparse'][key]} = {c['ratio'][key]:.1f}" in ratios, (seed, key)
 
 
 def test_the_memory_table_follows_from_the_measurement():

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from model import Transformer, generate
-from plumbing.tokens import fixed_blocks, name_for, tokenizer
+from plumbing.tokens import Blocks, name_for, tokenizer
 
 ASSETS = os.environ.get("SPARSE_ASSETS", "")
 pytestmark = pytest.mark.skipif(not ASSETS, reason="SPARSE_ASSETS: a folder with smollm2-135m")
@@ -30,7 +30,7 @@ def test_it_knows_the_capital_of_france(model):
 def test_its_loss_is_that_of_transformers(model):
     tok = tokenizer(FOLDER)
     text = open(os.path.join(ASSETS, "news.val.txt")).read()[:40_000]
-    idx, targets = fixed_blocks(torch.tensor(tok.encode(text)).numpy(), 256, 8)
+    idx, targets = Blocks(torch.tensor(tok.encode(text)).numpy(), 256).evenly(8)
     theirs = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     with torch.no_grad():
         ours, want = model(idx, targets)[1], theirs(idx).logits

@@ -244,7 +244,7 @@ def test_the_multiplier_sees_on_held_out_text_what_the_loss_weighs(bound, base, 
     kl = (p.exp() * (p - q)).sum(-1).mean()
     assert kl > 0.001
     assert saved["geco"]["c"] == pytest.approx((ce if bound == "ce" else kl).item(), rel=1e-4)
-    assert saved["tau"] == pytest.approx(0.02 + (saved["dense"]["val"] if bound == "ce" else 0))
+    assert saved["tau"] == pytest.approx(0.03 + (saved["dense"]["val"] if bound == "ce" else 0))
 
     command("--resume", tmp_path)  # and lambda follows from what was seen, every fourth step
     geco = GECO(saved["tau"], nu=0.04)
