@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from plumbing import hub
+from plumbing.safetensors import read_metadata, read_safetensors, write_safetensors
 
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_gate", "mlp.c_proj")  # of every block
 
@@ -65,12 +65,12 @@ def fingerprint(weights):
 def save(path, adapters, base, config):
     """The adapter file: {name: tensor}, the base's fingerprint, and the gates they were trained with."""
     gates = {"sparse": config.sparse, "gate_bias": config.gate_bias}
-    hub.write_safetensors(path, adapters, {"base": base, "gates": json.dumps(gates)})
+    write_safetensors(path, adapters, {"base": base, "gates": json.dumps(gates)})
 
 
 def merged(path, weights):
     """(Config fields of the gates, weights + B A in float32); wrong file or base: ValueError."""
-    adapters, about = hub.read_safetensors(path), hub.read_metadata(path)
+    adapters, about = read_safetensors(path), read_metadata(path)
     if "base" not in about or "gates" not in about:
         raise ValueError(f"{path} is no adapter file of train.py --lora")
     layers = sorted({name.rsplit(".", 1)[0] for name in adapters})

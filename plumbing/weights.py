@@ -14,6 +14,7 @@ import torch
 from plumbing import hub, lora
 from plumbing.flags import open_folder, replace_text
 from plumbing.plan import KNOWN
+from plumbing.safetensors import write_safetensors
 
 # -----------------------------------------------------------------------------
 # reading and writing a model
@@ -90,7 +91,7 @@ def write_model(folder, fields, weights):
     """Write config.json and model.safetensors. Neither a GPT-2 nor a LLaMA: ValueError."""
     settings = settings_from(fields)
     open_folder(folder)
-    hub.write_safetensors(os.path.join(folder, "model.safetensors"), tensors_from(fields, weights))
+    write_safetensors(os.path.join(folder, "model.safetensors"), tensors_from(fields, weights))
     replace_text(os.path.join(folder, "config.json"), json.dumps(settings, indent=2) + "\n")
     if fields["sparse"]:
         print(f"note: transformers opens {folder} as a dense model; the README adds its gates")

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from plumbing import hub
+from plumbing import hub, safetensors as safe
 
 BODY = bytes(range(256)) * 400  # 102,400 bytes
 ABC_SHA256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
@@ -530,7 +530,7 @@ def test_a_name_that_is_nothing(server, name):
 def every_kind():
     random = torch.Generator().manual_seed(0)
     tensors = {"flags": torch.tensor([True, False, True])}  # 3 bytes: what follows is not aligned
-    for kind, dtype in hub.DTYPES.items():
+    for kind, dtype in safe.DTYPES.items():
         x = torch.randn(3, 5, generator=random) * 100
         x = x > 0 if dtype == torch.bool else x.abs().to(dtype) if kind == "U8" else x.to(dtype)
         tensors |= {f"{kind}.matrix": x, f"{kind}.scalar": x[1, 2].clone(),
@@ -547,18 +547,18 @@ def assert_same(got, want):
 
 
 def test_reads_what_the_package_writes(tmp_path):
-    assert len(hub.DTYPES) == 10
+    assert len(safe.DTYPES) == 10
     safetensors.torch.save_file(every_kind(), tmp_path / "x.safetensors", metadata={"format": "pt"})
-    assert_same(hub.read_safetensors(tmp_path / "x.safetensors"), every_kind())
+    assert_same(safe.read_safetensors(tmp_path / "x.safetensors"), every_kind())
 
 
 def test_the_package_reads_what_we_write(tmp_path):
     path = tmp_path / "x.safetensors"
-    hub.write_safetensors(path, every_kind(), {"note": "hi"})
+    safe.write_safetensors(path, every_kind(), {"note": "hi"})
     assert_same(safetensors.torch.load_file(path), every_kind())
     with safetensors.safe_open(path, "pt") as f:
         assert f.metadata() == {"format": "pt", "note": "hi"}
-    assert_same(hub.read_safetensors(path), every_kind())
+    assert_same(safe.read_safetensors(path), every_kind())
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
 
 
@@ -566,33 +566,33 @@ def test_writes_views_and_parameters(tmp_path):
     x = torch.arange(24.0).view(4, 6)
     tensors = {"t": x.T, "cut": x[1:3, ::2], "same": x, "p": torch.nn.Parameter(x[:, 0]),
                "bf16": x.bfloat16().T}
-    hub.write_safetensors(tmp_path / "x.safetensors", tensors)
+    safe.write_safetensors(tmp_path / "x.safetensors", tensors)
     assert_same(safetensors.torch.load_file(tmp_path / "x.safetensors"), tensors)
 
 
 def test_an_empty_table(tmp_path):
-    hub.write_safetensors(tmp_path / "x.safetensors", {})
-    assert hub.read_safetensors(tmp_path / "x.safetensors") == {}
+    safe.write_safetensors(tmp_path / "x.safetensors", {})
+    assert safe.read_safetensors(tmp_path / "x.safetensors") == {}
     assert safetensors.torch.load_file(tmp_path / "x.safetensors") == {}
 
 
 def test_the_file_is_mapped_and_stays_as_it_is(tmp_path):
     path = tmp_path / "x.safetensors"
-    hub.write_safetensors(path, {"a": torch.ones(1000), "b": torch.zeros(1000)})
+    safe.write_safetensors(path, {"a": torch.ones(1000), "b": torch.zeros(1000)})
     before = path.read_bytes()
-    tensors = hub.read_safetensors(path)
+    tensors = safe.read_safetensors(path)
     assert tensors["b"].data_ptr() - tensors["a"].data_ptr() == 4000  # views of one mapping
     tensors["a"].fill_(7)
     assert path.read_bytes() == before
-    assert hub.read_safetensors(path)["a"].sum() == 1000 and tensors["a"].sum() == 7000
+    assert safe.read_safetensors(path)["a"].sum() == 1000 and tensors["a"].sum() == 7000
 
 
 def test_a_file_can_replace_the_one_it_is_read_from(tmp_path):
     path = tmp_path / "x.safetensors"
-    hub.write_safetensors(path, {"a": torch.arange(5.0), "b": torch.arange(3)})
-    hub.write_safetensors(path, {k: v + 1 for k, v in hub.read_safetensors(path).items()})
-    hub.write_safetensors(path, hub.read_safetensors(path))
-    assert_same(hub.read_safetensors(path),
+    safe.write_safetensors(path, {"a": torch.arange(5.0), "b": torch.arange(3)})
+    safe.write_safetensors(path, {k: v + 1 for k, v in safe.read_safetensors(path).items()})
+    safe.write_safetensors(path, safe.read_safetensors(path))
+    assert_same(safe.read_safetensors(path),
                 {"a": torch.arange(5.0) + 1, "b": torch.arange(3) + 1})
 
 
@@ -611,7 +611,7 @@ def test_tensors_off_their_alignment(tmp_path):
     for pad in range(4):
         header = json.dumps({"b": entry(0, 1, [1], "BOOL"), "a": entry(1, 9, [2])}) + " " * pad
         path = file_of(tmp_path / "x.safetensors", header.encode(), b"\1" + data.numpy().tobytes())
-        assert_same(hub.read_safetensors(path), {"b": torch.tensor([True]), "a": data})
+        assert_same(safe.read_safetensors(path), {"b": torch.tensor([True]), "a": data})
 
 
 EIGHT = bytes(8)
@@ -656,24 +656,24 @@ def test_a_malformed_file_is_one_line(tmp_path, case):
 
 def test_a_truncated_file_names_both_sizes(tmp_path):
     path = tmp_path / "x.safetensors"
-    hub.write_safetensors(path, {"a": torch.ones(100)})
+    safe.write_safetensors(path, {"a": torch.ones(100)})
     whole = path.read_bytes()
     for size in range(0, len(whole), 7):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=str(path)) as raised:
-            hub.read_safetensors(path)
+            safe.read_safetensors(path)
     one_line(raised, f"has {size} bytes, its header promises {len(whole)}")
 
 
 def test_a_damaged_header_never_breaks_the_reader(tmp_path):
     path = tmp_path / "x.safetensors"
-    hub.write_safetensors(path, {"a": torch.ones(3, 2), "b": torch.ones(2, dtype=torch.bool)})
+    safe.write_safetensors(path, {"a": torch.ones(3, 2), "b": torch.ones(2, dtype=torch.bool)})
     whole, refused = path.read_bytes(), 0
     for place in range(len(whole) - 26):
         for byte in b"\0\xff9-[":
             path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
             try:
-                hub.read_safetensors(path)
+                safe.read_safetensors(path)
             except ValueError as error:
                 refused += str(path) in str(error)
     assert refused > 400
@@ -693,7 +693,7 @@ def write_index(folder, name, files):
 
 @pytest.mark.parametrize("ext", ["safetensors", "bin"])
 def test_a_folder_in_one_file_and_in_shards(tmp_path, ext):
-    write = hub.write_safetensors if ext == "safetensors" else lambda p, t: torch.save(t, p)
+    write = safe.write_safetensors if ext == "safetensors" else lambda p, t: torch.save(t, p)
     name = "model.safetensors" if ext == "safetensors" else "pytorch_model.bin"
     one, many = tmp_path / "one", tmp_path / "many"
     one.mkdir(), many.mkdir()
@@ -720,7 +720,7 @@ def test_a_folder_in_one_file_and_in_shards(tmp_path, ext):
 def test_safetensors_come_before_bin(tmp_path):
     torch.save({"old": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     assert set(hub.read_weights(tmp_path)) == {"old"}
-    hub.write_safetensors(tmp_path / "model.safetensors", two_tensors())
+    safe.write_safetensors(tmp_path / "model.safetensors", two_tensors())
     assert_same(hub.read_weights(tmp_path), two_tensors())
 
 
@@ -787,20 +787,20 @@ def test_a_bin_file_without_names(tmp_path):
 
 def test_a_full_disk_leaves_the_earlier_file(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
-    hub.write_safetensors(path, two_tensors())
-    monkeypatch.setattr(hub, "open", full_disk, raising=False)
+    safe.write_safetensors(path, two_tensors())
+    monkeypatch.setattr(safe, "open", full_disk, raising=False)
     with pytest.raises(OSError) as raised:
-        hub.write_safetensors(path, {"big": torch.ones(1000)})
+        safe.write_safetensors(path, {"big": torch.ones(1000)})
     one_line(raised, f"can not write {path}", "No space left", "is as it was")
     assert os.listdir(tmp_path) == ["model.safetensors"]
-    assert_same(hub.read_safetensors(path), two_tensors())
+    assert_same(safe.read_safetensors(path), two_tensors())
 
 
 def test_what_can_not_be_written(tmp_path):
     with pytest.raises(ValueError) as raised:
-        hub.write_safetensors(tmp_path / "x.safetensors", {"z": torch.ones(2, dtype=torch.cfloat)})
+        safe.write_safetensors(tmp_path / "x.safetensors", {"z": torch.ones(2, dtype=torch.cfloat)})
     one_line(raised, "x.safetensors", "'z' is torch.complex64")
     with pytest.raises(OSError) as raised:
-        hub.write_safetensors(tmp_path / "no/x.safetensors", two_tensors())
+        safe.write_safetensors(tmp_path / "no/x.safetensors", two_tensors())
     one_line(raised, "can not write", "No such file or directory")
     assert os.listdir(tmp_path) == []
