@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from plumbing.safetensors import read_metadata, read_safetensors, write_safetensors
+from plumbing.files import read_metadata, read_safetensors, write_safetensors
 
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_gate", "mlp.c_proj")  # of every block
 

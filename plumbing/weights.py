@@ -11,10 +11,9 @@ import re
 
 import torch
 
-from plumbing import hub, lora
+from plumbing import files, hub, lora
 from plumbing.flags import open_folder, replace_text
 from plumbing.plan import KNOWN
-from plumbing.safetensors import write_safetensors
 
 # -----------------------------------------------------------------------------
 # reading and writing a model
@@ -49,11 +48,11 @@ def read_checkpoint(name_or_path):
     if os.path.isdir(path):
         settings = read_json(path)
         fields = fields_from(path, settings)
-        weights = weights_from(settings, hub.read_weights(path))
+        weights = weights_from(settings, files.read_weights(path))
         if fields.get("tied_head", True) and not same_head(weights):
             raise ValueError(f"{path} has an lm_head.weight of its own, which config.json ties")
         return fields, weights
-    content = hub.read_pickle(path)
+    content = files.read_pickle(path)
     content = content if isinstance(content, dict) else {}
     fields, weights = content.get("config"), content.get("model", {})
     if not isinstance(fields, dict) or "gate_bias" not in fields:  # nanoGPT has a config too
@@ -78,20 +77,17 @@ def read_json(name):
     """config.json of a Hugging Face folder, or of a repository on the hub."""
     path = os.path.join(name, "config.json") if os.path.isdir(name) else hub.download(name, "config.json")
     try:
-        with open(path) as f:
-            return json.load(f)
+        return files.read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{name} has no config.json: give a Hugging Face folder (config.json + "
                          "model.safetensors), a checkpoint file or a hub name") from None
-    except ValueError:
-        raise ValueError(f"{path} is not valid JSON: get it again") from None
 
 
 def write_model(folder, fields, weights):
     """Write config.json and model.safetensors. Neither a GPT-2 nor a LLaMA: ValueError."""
     settings = settings_from(fields)
     open_folder(folder)
-    write_safetensors(os.path.join(folder, "model.safetensors"), tensors_from(fields, weights))
+    files.write_safetensors(os.path.join(folder, "model.safetensors"), tensors_from(fields, weights))
     replace_text(os.path.join(folder, "config.json"), json.dumps(settings, indent=2) + "\n")
     if fields["sparse"]:
         print(f"note: transformers opens {folder} as a dense model; the README adds its gates")
