@@ -161,9 +161,8 @@ def fetch(repo, filename, revision="main", kind="model"):
         raise ConnectionError(f"HF_HUB_OFFLINE is set, and neither {folder} nor {other} has {filename} "
                               "and what belongs to it: unset it, or give a local folder")
     endpoint = setting("HF_ENDPOINT", default="https://huggingface.co").rstrip("/")
-    place = "datasets/" * (kind == "dataset") + repo
+    place, part = "datasets/" * (kind == "dataset") + repo, path + ".part"
     url = f"{endpoint}/{place}/resolve/{quote(revision, safe='')}/{quote(filename)}"
-    part = path + ".part"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with locked(path):
@@ -198,9 +197,11 @@ def locked(path):
             fcntl.flock(f, fcntl.LOCK_EX)
         except OSError:
             pass  # a file system without locks
-        yield
-    with contextlib.suppress(OSError):  # not after a failure: who waits has to find the same lock
-        os.remove(lock)
+        try:
+            yield
+        finally:  # beside a part it stays, because who waits and who comes now need the same lock
+            with contextlib.suppress(OSError):
+                os.path.exists(path + ".part") or os.remove(lock)
 
 
 def transfer(url, part):

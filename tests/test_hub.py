@@ -1,22 +1,22 @@
 """Downloads from a small server on 127.0.0.1: what works, what is mended, what is refused."""
 
 import errno
-import hashlib
-import http.server
+import gzip
 import io
 import json
+import multiprocessing
 import os
-import pickle
 import re
 import socket
-import threading
+import ssl
+import time
 
+import numpy as np
 import pytest
-import safetensors.torch
-import torch
+from hub_server import COMMIT, Hub, Server, git_sha1
 
 from plumbing import files, flags, hub
-from hub_server import COMMIT, Hub, Server, git_sha1
+from plumbing.weights import read_fields
 
 EMPTY = b"\2\0\0\0\0\0\0\0{}"  # a safetensors file without tensors
 BODY = bytes(range(256)) * 400  # 102,400 bytes
@@ -42,6 +42,7 @@ def use(url, tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(hub, "WAITS", [0.01, 0.01, 0.01, None])
     monkeypatch.setattr(hub, "DOWNLOADS", {})
+    monkeypatch.setattr(flags, "DOWNLOADS", hub.DOWNLOADS)
 
 
 def serve(server, repo="some/repo", **files):
@@ -51,9 +52,9 @@ def serve(server, repo="some/repo", **files):
 
 
 def in_cache(tmp_path):
-    """The names of all files in the cache, but locks and the list of commits."""
-    return sorted(file for _, _, files in os.walk(tmp_path / "cache") for file in files
-                  if file != "commits" and not file.endswith(".lock"))
+    """The names of all files in the cache, but the list of commits and a lock beside a part."""
+    found = {file for _, _, files in os.walk(tmp_path / "cache") for file in files} - {"commits"}
+    return sorted(found - {file.replace(".part", ".lock") for file in found if file.endswith(".part")})
 
 
 def one_line(raised, *parts):
@@ -486,3 +487,339 @@ def test_a_name_that_is_nothing(server, name):
         hub.fetch_model(name)
     one_line(raised, repr(name), "config.json + model.safetensors", "gpt2-medium", "owner/name")
     assert server.requests == []
+
+
+# -----------------------------------------------------------------------------
+# as the real hub answers
+
+
+@pytest.fixture
+def real(tmp_path, monkeypatch):
+    """A hub with two models: gpt2 in one file, and one in shards whose index names them."""
+    index = json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}).encode()
+    one, two = (np.random.default_rng(seed).bytes(300_000) for seed in (1, 2))
+    hub_of_two = Hub({
+        "openai-community/gpt2": {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": whole_file(one)},
+        "big/model": {"config.json": b"{}", "model.safetensors.index.json": index,
+                      "a.safetensors": whole_file(one), "b.safetensors": whole_file(two)}})
+    use(hub_of_two.home.url, tmp_path, monkeypatch)
+    yield hub_of_two
+    hub_of_two.close()
+
+
+def whole_file(data):
+    """A safetensors file with these bytes in it."""
+    text = json.dumps({"x": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def read(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def test_a_model_from_the_hub_over_its_redirects(real, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    folder = hub.fetch_model("big/model")
+    served = real.home.files
+    for name in ("a.safetensors", "b.safetensors", "model.safetensors.index.json", "config.json"):
+        assert read(os.path.join(folder, name)) == served[f"/big/model/resolve/main/{name}"]
+    assert all(headers["Authorization"] == "Bearer hf_secret" for _, headers in real.home.requests)
+    assert len(real.storage.requests) == 2  # it refuses a token
+    assert hub.DOWNLOADS == {"big/model": COMMIT}
+    real.close()
+    hub.DOWNLOADS.clear()
+    assert hub.fetch_model("big/model") == folder and hub.DOWNLOADS == {"big/model": COMMIT}
+
+
+def test_a_commit_is_in_results_and_other_files_of_another_commit_too(server, tmp_path):
+    serve(server, a__bin=b"a", b__bin=b"b")
+    hub.download("some/repo", "a.bin")
+    server.answer = lambda request, body: request.send(body, commit="b" * 40)
+    hub.download("some/repo", "b.bin")
+    flags.write_results(tmp_path, 0.0)
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["downloads"]["some/repo"] == f"{COMMIT}, {'b' * 40}"
+
+
+def test_every_cut_gets_a_fresh_signature_and_every_progress_a_fresh_budget(real):
+    """Eight cuts, where four tries without progress are too many."""
+    def pace(request, body):
+        start = int((request.headers["Range"] or "bytes=0-")[6:-1])
+        cut = body[:start + 40_000] if start + 40_000 < len(body) else body
+        request.send(cut, promise=len(body), commit=None)
+
+    real.pace = pace
+    path = hub.download("big/model", "a.safetensors")
+    assert read(path) == real.home.files["/big/model/resolve/main/a.safetensors"]
+    signed = [path for path, _ in real.storage.requests]
+    assert len(signed) == 8 > len(hub.WAITS) and len(set(signed)) == 8
+
+
+def test_slow_bytes_and_a_silence(real, monkeypatch):
+    def pace(request, body):
+        if len(real.storage.requests) > 1:
+            return request.send(body, commit=None)
+        request.send(body[:100], promise=len(body), commit=None)
+        time.sleep(0.6)
+
+    monkeypatch.setattr(hub, "TIMEOUT", 0.3)
+    real.pace = pace
+    path = hub.download("big/model", "a.safetensors")
+    assert read(path) == real.home.files["/big/model/resolve/main/a.safetensors"]
+    assert [headers["Range"] for _, headers in real.storage.requests] == [None, "bytes=99-"]
+
+
+@pytest.mark.parametrize("headers, seconds", [
+    ({"Retry-After": "7"}, 7), ({"RateLimit": '"resolvers";r=0;t=123', "RateLimit-Policy": "x"}, 123),
+    ({"Retry-After": "Fri, 31 Dec 2027 23:59:59 GMT"}, 60), ({}, 60), ({"Retry-After": "0"}, 1),
+    ({"Retry-After": "999999"}, 3600)])
+def test_too_many_requests_waits_as_long_as_it_is_told(server, monkeypatch, capsys, headers, seconds):
+    slept = []
+    monkeypatch.setattr(hub.time, "sleep", slept.append)
+    serve(server, weights__bin=BODY)
+    server.answer = lambda request, body: request.send(
+        *(body, 200) if len(server.requests) > 9 else (b"slow down", 429), **headers if len(server.requests) < 10 else {})
+    assert read(hub.download("some/repo", "weights.bin")) == BODY
+    assert slept == [seconds] * 9 > hub.WAITS[:-1]  # more often than another error
+    assert f"429: Too Many Requests; trying again in {seconds} s" in capsys.readouterr().out
+
+
+def test_a_request_timeout_is_tried_again(server):
+    serve(server, weights__bin=BODY)
+    server.answer = lambda request, body: request.send(body, 408 if len(server.requests) < 3 else 200)
+    assert read(hub.download("some/repo", "weights.bin")) == BODY
+
+
+PAGE = b"\n<!DOCTYPE html><html>Please log in to the network</html>"
+
+
+@pytest.mark.parametrize("commit", [None, COMMIT])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin"])
+def test_a_login_page_does_not_get_into_the_cache(server, tmp_path, name, commit):
+    server.files[f"/some/repo/resolve/main/{name}"] = body = EMPTY if "safe" in name else b"{}"
+    server.answer = lambda request, _: request.send(PAGE, commit=commit, Content_Type="text/html")
+    with pytest.raises(ValueError) as raised:
+        hub.download("some/repo", name)
+    one_line(raised, f"/some/repo/resolve/main/{name}", "HF_ENDPOINT", "page")
+    assert in_cache(tmp_path) == []
+    server.answer = lambda request, body: request.send(body)
+    assert read(hub.download("some/repo", name)) == body
+
+
+def test_any_other_answer_than_a_hubs_is_refused(server, tmp_path):
+    serve(server, config__json=b'{"status": "not logged in"}')
+    server.answer = lambda request, body: request.send(body, commit=None, ETag='"5f3c-abc"')
+    with pytest.raises(ValueError) as raised:
+        hub.download("some/repo", "config.json")
+    one_line(raised, f"127.0.0.1:{server.server_port}, which is no hub", "no X-Repo-Commit", "login page")
+    assert in_cache(tmp_path) == []
+
+
+def test_a_page_that_an_earlier_version_kept_is_replaced_once(server, tmp_path):
+    folder = tmp_path / "cache/some/repo/main"
+    folder.mkdir(parents=True)
+    files_of = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": EMPTY}
+    for name, body in files_of.items():
+        (folder / name).write_bytes(PAGE)
+        server.files[f"/some/repo/resolve/main/{name}"] = body
+    assert hub.fetch_model("some/repo") == str(folder)
+    assert {name: read(folder / name) for name in files_of} == files_of
+    assert hub.fetch_model("some/repo") == str(folder) and len(server.requests) == 3
+    (folder / "config.json").write_bytes(PAGE)
+    server.answer = lambda request, body: request.send(PAGE)
+    with pytest.raises(ValueError):
+        hub.fetch_model("some/repo")
+    assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize("size", [len(BODY), None])
+def test_forced_gzip_is_unpacked(server, size):
+    """Also after a cut; Content-Length is then of the packed bytes, X-Linked-Size of the file."""
+    def answer(request, body):
+        packed = gzip.compress(body)
+        cut = len(packed) // 2 if len(server.requests) == 1 else len(packed)
+        linked = {"X_Linked_Size": str(size)} if size else {}
+        request.send(packed[:cut], promise=len(packed), ranges=False, Content_Encoding="gzip",
+                     ETag=f'W/"{git_sha1(body)}"', **linked)
+
+    body = np.random.default_rng(0).bytes(len(BODY))
+    serve(server, weights__bin=body)
+    server.answer = answer
+    assert read(hub.download("some/repo", "weights.bin")) == body
+    assert len(server.requests) == 2
+
+
+def test_the_linked_size_counts_where_there_is_no_length(server, tmp_path):
+    def answer(request, body):
+        request.send_response(200)
+        request.send_header("X-Repo-Commit", COMMIT)
+        request.send_header("X-Linked-Size", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body[:70_000] if len(server.requests) == 1 else body)
+
+    serve(server, weights__bin=BODY)
+    server.answer = answer
+    assert read(hub.download("some/repo", "weights.bin")) == BODY and len(server.requests) == 2
+
+
+def test_the_hash_of_a_mirror_that_is_no_hub_is_not_fatal(server):
+    serve(server, weights__bin=BODY)
+    server.answer = lambda request, body: request.send(body, commit=None, ETag=f'"{"0" * 40}"')
+    assert read(hub.download("some/repo", "weights.bin")) == BODY
+
+
+def in_two_processes(work, *arguments):
+    """Exit codes of work(*arguments) in two processes at once."""
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=work, args=arguments) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    return [process.exitcode for process in both]
+
+
+def slow(request, body):
+    for n in range(10):
+        if not n:
+            request.send(body[: len(body) // 10], promise=len(body), commit=None)
+        else:
+            request.wfile.write(body[n * len(body) // 10 : (n + 1) * len(body) // 10])
+        time.sleep(0.03)
+
+
+def test_two_processes_fetch_one_model(real, tmp_path):
+    real.pace = slow
+    assert in_two_processes(hub.fetch_model, "big/model") == [0, 0]
+    asked = [path for path, _ in real.home.requests if "resolve/main" in path and path.endswith("a.safetensors")]
+    assert len(asked) == 1  # the other one waited
+    folder = tmp_path / "cache/big/model/main"
+    for name in ("a.safetensors", "b.safetensors"):
+        assert read(folder / name) == real.home.files[f"/big/model/resolve/main/{name}"]
+    assert not [name for name in os.listdir(folder) if name.endswith((".part", ".lock"))]
+
+
+def test_who_waits_goes_on_where_the_other_one_died(real, tmp_path, monkeypatch):
+    real.pace = lambda request, body: request.send(body[:1000], promise=len(body), commit=None)
+    monkeypatch.setattr(hub, "WAITS", [0.01, None])
+    with pytest.raises(ConnectionError):
+        hub.download("big/model", "a.safetensors")
+    assert in_cache(tmp_path) == ["a.safetensors.part"]
+    real.pace = lambda request, body: request.send(body, commit=None)
+    assert in_two_processes(hub.download, "big/model", "a.safetensors") == [0, 0]
+    assert in_cache(tmp_path) == ["a.safetensors"]
+
+
+def test_certificates_have_their_own_line(server, monkeypatch):
+    error = ssl.SSLCertVerificationError("certificate verify failed")
+    monkeypatch.setattr(hub, "connect", lambda *_: (_ for _ in ()).throw(hub.URLError(error)))
+    with pytest.raises(ConnectionError) as raised:
+        hub.download("some/repo", "config.json")
+    one_line(raised, "certificate verify failed", "SSL_CERT_FILE")
+
+
+def test_certificates_of_certifi_count(server, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(hub, "certifi", type("", (), {"where": lambda: "here.pem"}))
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda self, *names, **_: loaded.extend(names))
+    serve(server, a__bin=BODY)
+    hub.download("some/repo", "a.bin")
+    assert "here.pem" in loaded
+
+
+# -----------------------------------------------------------------------------
+# the official client's cache: read, never written
+
+
+def official(root, repo, files_of, commit=COMMIT):
+    """A repository as the official client keeps it: refs, blobs, and snapshots of links."""
+    folder = root / f"models--{repo.replace('/', '--')}"
+    for name in ("refs", "blobs", f"snapshots/{commit}"):
+        (folder / name).mkdir(parents=True)
+    (folder / "refs/main").write_text(commit)
+    for name, body in files_of.items():
+        (folder / "blobs" / git_sha1(body)).write_bytes(body)
+        (folder / "snapshots" / commit / name).symlink_to(f"../../blobs/{git_sha1(body)}")
+    return folder / "snapshots" / commit
+
+
+MODEL = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": EMPTY}
+
+
+@pytest.mark.parametrize("repo", ["openai-community/gpt2", "gpt2"])
+@pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME",
+                                      "TRANSFORMERS_CACHE"])
+def test_existing_files_need_no_network(server, tmp_path, monkeypatch, variable, repo):
+    home = tmp_path / "theirs"
+    root = {"HF_HOME": home / "hub", "XDG_CACHE_HOME": home / "huggingface/hub"}.get(variable, home)
+    folder = official(root, repo, MODEL)
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv(variable, str(home))
+    before = sorted(map(str, home.rglob("*")))
+    assert hub.fetch_model("gpt2") == hub.fetch_model("openai-community/gpt2") == str(folder)
+    assert hub.download("gpt2", "config.json") == str(folder / "config.json")
+    assert hub.DOWNLOADS == {"openai-community/gpt2": COMMIT}
+    assert server.requests == [] and sorted(map(str, home.rglob("*"))) == before
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_data_set_of_the_official_client(server, tmp_path):
+    folder = tmp_path / "huggingface/hub/datasets--a--b/snapshots/main"
+    folder.mkdir(parents=True)
+    (folder / "x.bin").write_bytes(BODY)
+    assert hub.download("a/b", "x.bin", kind="dataset") == str(folder / "x.bin")
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "config.json"])
+def test_half_a_model_of_the_official_client_is_left_alone(server, tmp_path, lost):
+    """Files of two places would be of two commits."""
+    folder = official(tmp_path / "huggingface/hub", "some/repo", {n: b for n, b in MODEL.items() if n != lost})
+    serve(server, **{name.replace(".", "__"): body for name, body in MODEL.items()})
+    assert hub.fetch_model("some/repo") == str(tmp_path / "cache/some/repo/main")
+    assert in_cache(tmp_path) == sorted(MODEL) and not (folder / lost).exists()
+
+
+def test_a_link_to_a_blob_that_is_gone_is_no_file(server, tmp_path):
+    folder = official(tmp_path / "huggingface/hub", "some/repo", MODEL)
+    os.remove(os.path.realpath(folder / "model.safetensors"))
+    serve(server, **{name.replace(".", "__"): body for name, body in MODEL.items()})
+    assert hub.fetch_model("some/repo") == str(tmp_path / "cache/some/repo/main")
+
+
+def test_offline_is_one_line_that_names_both_caches(server, tmp_path, monkeypatch):
+    serve(server, config__json=b"{}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConnectionError) as raised:
+        hub.fetch_model("some/repo")
+    one_line(raised, "HF_HUB_OFFLINE is set", tmp_path / "cache/some/repo/main",
+             tmp_path / "huggingface/hub/models--some--repo/snapshots/main", "config.json")
+    assert server.requests == []
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert read(hub.download("some/repo", "config.json")) == b"{}"
+
+
+def test_the_token_of_hf_auth_login_is_sent(server, tmp_path, monkeypatch):
+    serve(server, **{f"{name}__bin": BODY for name in "abcd"})
+    (tmp_path / "huggingface").mkdir()
+    (tmp_path / "huggingface/token").write_text("hf_file\n")
+    (tmp_path / "other").write_text("hf_other")
+    hub.download("some/repo", "a.bin")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "other"))
+    hub.download("some/repo", "b.bin")
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_old")
+    hub.download("some/repo", "c.bin")
+    monkeypatch.setenv("HF_TOKEN", "hf_new")
+    hub.download("some/repo", "d.bin")
+    sent = [headers["Authorization"] for _, headers in server.requests]
+    assert sent == [f"Bearer hf_{x}" for x in ("file", "other", "old", "new")]
+
+
+@pytest.mark.parametrize("name", ["../../../../x", "a/../b", "/etc/x", "a/..", "a"])
+def test_a_name_can_not_leave_the_cache(server, tmp_path, name):
+    before = sorted(map(str, tmp_path.rglob("*")))
+    for look in (hub.download, read_fields):
+        with pytest.raises(ValueError) as raised:
+            look(*(name, "config.json")[: 2 if look is hub.download else 1])
+        one_line(raised, "no file or folder here and no hub name")
+    assert server.requests == [] and sorted(map(str, tmp_path.rglob("*"))) == before
