@@ -41,6 +41,9 @@ def use(url, tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(hub, "WAITS", [0.01, 0.01, 0.01, None])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # loading certificates takes a tenth of a second
+    monkeypatch.setattr(ssl, "create_default_context", lambda: context)
+    monkeypatch.setattr(hub, "certifi", None)
     monkeypatch.setattr(hub, "DOWNLOADS", {})
     monkeypatch.setattr(flags, "DOWNLOADS", hub.DOWNLOADS)
 
