@@ -18,7 +18,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
                                                      get_state_dict, set_model_state_dict,
                                                      set_state_dict)
@@ -257,8 +256,11 @@ class Reader(dcp.FileSystemReader):
 
 class Planner(dcp.DefaultLoadPlanner):
     def load_bytes(self, item, value):
-        plain = io.BytesIO()  # what torch would read without restriction
-        torch.save(torch.load(value, weights_only=True), plain)
+        plain = io.BytesIO()  # in place of what torch would read without restriction
+        try:
+            torch.save(torch.load(value, weights_only=True), plain)
+        except Exception:
+            raise ValueError(f"{item.dest_index.fqn} is more than plain values") from None
         plain.seek(0)
         super().load_bytes(item, plain)
 
@@ -270,7 +272,7 @@ def load(saved, model, optimizer, trained_only):
         parts = dict(zip(("model", "optimizer"), states(model, optimizer, trained_only, whole=False)))
         try:
             dcp.load(parts, storage_reader=Reader(saved["folder"]), planner=Planner())
-        except CheckpointException as error:
+        except dcp.CheckpointException as error:
             why = " ".join(str(next(iter(error.failures.values()))[0]).split())
             raise ValueError(f"{saved['folder']} is damaged or of another model: {why:.300}") from None
     else:

@@ -71,8 +71,12 @@ def save(path, adapters, base, config):
 def merged(path, weights):
     """(Config fields of the gates, weights + B A in float32); wrong file or base: ValueError."""
     adapters, about = read_safetensors(path), read_metadata(path)
-    if "base" not in about or "gates" not in about:
-        raise ValueError(f"{path} is no adapter file of train.py --lora")
+    try:
+        base, gates = about["base"], json.loads(about["gates"])
+        if gates.keys() - {"sparse", "gate_bias"}:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{path} is no adapter file of train.py --lora") from None
     layers = sorted({name.rsplit(".", 1)[0] for name in adapters})
     for layer in layers:
         W = weights.get(layer + ".weight")
@@ -82,11 +86,11 @@ def merged(path, weights):
         if W is None or W.shape != shape:
             raise ValueError(f"{path} adapts {layer}, {shape[0]} x {shape[1]}, which this base has not: "
                              "give the base that it was trained on")
-    if fingerprint(weights) != about["base"]:
+    if fingerprint(weights) != base:
         raise ValueError(f"{path} was trained on a base of the same shape but with other weights "
-                         f"({about['base']}, these are {fingerprint(weights)})")
+                         f"({base}, these are {fingerprint(weights)})")
     weights = dict(weights)
     for layer in layers:
         a, b = (adapters[f"{layer}.lora_{x}"].to(torch.float32) for x in "ab")
         weights[layer + ".weight"] = weights[layer + ".weight"].to(torch.float32) + b @ a
-    return json.loads(about["gates"]), weights
+    return gates, weights

@@ -1,15 +1,23 @@
 """Files of weights: safetensors against the safetensors package, .bin, shards, and hostile ones."""
 
+import io
 import json
+import multiprocessing
 import os
 import pickle
+import sys
+import time
+import zipfile
 
 import pytest
 import safetensors.torch
 import torch
 from test_hub import full_disk, one_line
 
-from plumbing import files
+import model
+from model import Config, Transformer
+from plumbing import bpe, files, flags
+from plumbing.runs import peak_memory
 
 # -----------------------------------------------------------------------------
 # safetensors: the package is the oracle
@@ -301,3 +309,120 @@ def test_what_can_not_be_written(tmp_path):
         files.write_safetensors(tmp_path / "no/x.safetensors", two_tensors())
     one_line(raised, "can not write", "No such file or directory")
     assert os.listdir(tmp_path) == []
+
+
+# -----------------------------------------------------------------------------
+# hostile files: one line, exit code 2, and neither much time nor memory
+
+
+def in_a_process(send, arguments):
+    """What model.py says to a command line: (exit code, stderr, seconds, GiB)."""
+    sys.argv, sys.stderr = ["model.py", *arguments], io.StringIO()
+    began, code = time.process_time(), None
+    try:
+        flags.run(model.main, model.Flags)
+    except SystemExit as end:
+        code = end.code
+    send.send((code, sys.stderr.getvalue(), time.process_time() - began, peak_memory()))
+
+
+def refused(folder, *arguments):
+    """The line that model.py --init folder ends with."""
+    fork = multiprocessing.get_context("fork")
+    get, send = fork.Pipe(False)
+    process = fork.Process(target=in_a_process, args=(send, ["--init", str(folder), *arguments]))
+    process.start()
+    send.close()
+    try:
+        assert get.poll(60), "it hangs"
+        code, text, seconds, gib = get.recv()
+    finally:
+        process.kill()
+    assert code == 2 and text.startswith("error: ") and text.count("\n") == 1 and len(text) < 1000, text[:2000]
+    assert seconds < 2 and gib < 1, (seconds, gib)
+    return text
+
+
+def a_model(folder):
+    torch.manual_seed(0)
+    small = Transformer(Config(n_layer=1, n_head=1, n_embd=8, vocab_size=257, block_size=8))
+    small.save_pretrained(str(folder))
+    return small
+
+
+def a_tokenizer(vocab, merges=()):
+    special = {"id": 256, "content": "<|endoftext|>", "special": True}
+    return json.dumps({"model": {"vocab": {c: i for i, c in enumerate(bpe.BYTE)} | vocab, "merges": [*merges]},
+                       "added_tokens": [special], "normalizer": None, "post_processor": None,
+                       "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}})
+
+
+def doubled(last):
+    """Vocabulary and merges of aa, aaaa, ... with 128 letters, and a token of `last` letters."""
+    tokens = ["a" * 2**n for n in range(1, 8)]
+    vocab = {token: 257 + i for i, token in enumerate(dict.fromkeys([*tokens, "a" * last]))}
+    return vocab, [[token[: len(token) // 2]] * 2 for token in tokens]
+
+
+def packed(folder, content=bytes(10**9)):
+    """A .bin of 4 MB that unpacks to 1 GB."""
+    (folder / "model.safetensors").unlink()
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as z:
+        z.writestr("x/data.pkl", content)
+        z.writestr("x/version", "3")
+
+
+class Filled:
+    def __reduce__(self):
+        return bytearray, (3 * 10**9,)
+
+
+def saved(folder, content, name="pytorch_model.bin", **how):
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / name, **how)
+
+
+DEEP = "[" * 200_000
+HOSTILE = {
+    "header of 1 GB": lambda f: open(f / "model.safetensors", "r+b").write((10**9).to_bytes(8, "little"))
+    and os.truncate(f / "model.safetensors", 2 * 10**9),
+    "header of lists": lambda f: file_of(f / "model.safetensors", b"[" + b"[]," * 30_000_000 + b"1]"),
+    "shape of many digits": lambda f: file_of(
+        f / "model.safetensors", {"a": entry(0, 8, [int("9" * 4000)] * 4000)}),
+    "tensor with a long name": lambda f: file_of(f / "model.safetensors", {"a" * 10**6: entry(0, 8, [3])}, bytes(8)),
+    "deep config.json": lambda f: (f / "config.json").write_text(DEEP),
+    "config.json of lists": lambda f: (f / "config.json").write_text("[" + "[]," * 30_000_000 + "1]"),
+    "deep index": lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json").write_text(DEEP),
+    "deep tokenizer.json": lambda f: (f / "tokenizer.json").write_text(DEEP),
+    "large id": lambda f: (f / "tokenizer.json").write_text(a_tokenizer({"ab": 10**30}, [["a", "b"]])),
+    "id above 32 bits": lambda f: (f / "tokenizer.json").write_text(a_tokenizer({"ab": 2**32}, [["a", "b"]])),
+    "negative id": lambda f: (f / "tokenizer.json").write_text(a_tokenizer({"ab": -1}, [["a", "b"]])),
+    "fraction as id": lambda f: (f / "tokenizer.json").write_text(a_tokenizer({"ab": 257.5}, [["a", "b"]])),
+    "token of 20 kB": lambda f: (f / "tokenizer.json").write_text(a_tokenizer(*doubled(20_000))),
+    "packed .bin": packed,
+    "filled .bin": lambda f: saved(f, {"a": Filled()}),
+    "old filled .bin": lambda f: saved(f, {"a": Filled()}, _use_new_zipfile_serialization=False),
+    "repeated number": lambda f: saved(f, {"a": torch.zeros(1).expand(10**6, 10**6)}),
+    "repeated number in a checkpoint": lambda f: saved(
+        f, {"model": {"a": torch.zeros(1).expand(10**6, 10**6)}, "config": {"gate_bias": 1.0}}, "best.pt"),
+    "config.json of text": lambda f: (f / "config.json").write_text('{"model_type": "gpt2", "n_embd": "a"}'),
+    "config.json of lists for numbers": lambda f: (f / "config.json").write_text(
+        '{"model_type": "llama", "hidden_size": [1], "rope_parameters": [2]}'),
+    "heads of nothing": lambda f: (f / "config.json").write_text('{"model_type": "llama", "num_attention_heads": 0}'),
+    "checkpoint of numbers": lambda f: saved(
+        f, {"wte.weight": 1, "wpe.weight": 2, "ln_f.weight": 3}, "best.pt"),
+    "checkpoint with a config of lists": lambda f: saved(f, {"model": {}, "config": {"gate_bias": [1]}}, "best.pt"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_file_is_one_line_and_takes_little(tmp_path, case):
+    a_model(tmp_path)
+    HOSTILE[case](tmp_path)
+    line = refused(tmp_path)
+    assert str(tmp_path) in line or "must be" in line
+
+
+def test_long_tokens_of_real_tokenizers_are_read(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(a_tokenizer(*doubled(128)))
+    assert bpe.BPE(str(tmp_path)).encode("a" * 128) == [263]

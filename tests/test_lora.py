@@ -79,6 +79,10 @@ def test_the_wrong_base_or_file_is_one_clear_line(tmp_path):
     files.write_safetensors(path, first)
     with pytest.raises(ValueError, match="is no adapter file"):
         Transformer.from_pretrained(str(tmp_path / "base"), path)
+    for gates in ("[" * 10**5, "[]", "{", '{"n_layer": 1000000}'):
+        files.write_safetensors(path, first, {"base": lora.fingerprint(weights), "gates": gates})
+        with pytest.raises(ValueError, match="is no adapter file"):
+            Transformer.from_pretrained(str(tmp_path / "base"), path)
     del first["h.0.attn.c_attn.lora_b"]
     files.write_safetensors(path, first, {"base": lora.fingerprint(weights), "gates": "{}"})
     with pytest.raises(ValueError, match="lacks"):
