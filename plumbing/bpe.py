@@ -20,7 +20,7 @@ EOT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # the usual names; the first
 GPT2_VOCABULARY = "0e95d799649ea6a89fdaebc83cf93a3166764ca6268067780e6f07cbcab4a8e9"  # its sha256, see `read`
 
 
-CHECKS = 20_000_000  # at most, of check_merges; GPT-2 and LLaMA-3 take below 10 million
+CHECKS = 20_000_000  # squared bytes of all tokens, at most; GPT-2 and SmolLM2 have below 3 million
 IDS = 2**24  # more tokens than any tokenizer has
 
 
