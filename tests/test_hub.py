@@ -818,8 +818,11 @@ def test_the_token_of_hf_auth_login_is_sent(server, tmp_path, monkeypatch):
     assert sent == [f"Bearer hf_{x}" for x in ("file", "other", "old", "new")]
 
 
-@pytest.mark.parametrize("name", ["../../../../x", "a/../b", "/etc/x", "a/..", "a"])
-def test_a_name_can_not_leave_the_cache(server, tmp_path, name):
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "HERE/x", "a/..", "a"])
+def test_a_name_can_not_leave_the_cache(server, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPARSE_CACHE", str(tmp_path / "deep/down/cache"))
+    name = name.replace("HERE", str(tmp_path))
     before = sorted(map(str, tmp_path.rglob("*")))
     for look in (hub.download, read_fields):
         with pytest.raises(ValueError) as raised:
