@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from plumbing import hub
+from plumbing import files
 from plumbing.flags import check, run
 from plumbing.tokens import name_for, tokenizer
 from plumbing.weights import check_fields, check_names, read_model, scale_rope, write_model
@@ -224,7 +224,7 @@ class Transformer(nn.Module):
 
     def save_checkpoint(self, path, **more):
         """Write Config, weights and plain data to one file that from_pretrained opens."""
-        hub.write_pickle(path, {"config": asdict(self.config), "model": self.state_dict()} | more)
+        files.write_pickle(path, {"config": asdict(self.config), "model": self.state_dict()} | more)
 
 
 # -----------------------------------------------------------------------------

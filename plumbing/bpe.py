@@ -14,8 +14,14 @@ import os
 import regex  # a dependency of tiktoken
 import tiktoken
 
+from plumbing.files import read_json
+
 EOT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # the usual names; the first that there is
 GPT2_VOCABULARY = "0e95d799649ea6a89fdaebc83cf93a3166764ca6268067780e6f07cbcab4a8e9"  # its sha256, see `read`
+
+
+CHECKS = 20_000_000  # squared bytes of all tokens, at most; GPT-2 and SmolLM2 have below 3 million
+IDS = 2**24  # more tokens than any tokenizer has
 
 
 class Unsupported(ValueError):
@@ -90,6 +96,8 @@ def check_merges(ranks, merges, ignore_merges):
         raise Unsupported(f"the merge {merges[made.index(None)]}, not of two tokens to one")
     if made != sorted(made):
         raise Unsupported("merges in another order than the ids of what they make")
+    if sum(len(token) ** 2 for token in ranks) > CHECKS:
+        raise Unsupported("tokens too long to check")
     listed = set(merges)
     for token in ranks:
         parts = last_parts(token, ranks)
@@ -113,14 +121,13 @@ class BPE:
     def __init__(self, path):
         path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
         with open(path, "rb") as f:
-            content = f.read()
-        self.name = "bpe-" + hashlib.sha256(content).hexdigest()[:12]
+            self.name = "bpe-" + hashlib.file_digest(f, "sha256").hexdigest()[:12]
         try:
-            self.read(json.loads(content))
+            self.read(read_json(path))
         except Unsupported as what:
-            raise ValueError(f"{path} has {what}: only byte-level BPE with an end-of-text token, as of "
+            raise ValueError(f"{path} has {what!s:.400}: only byte-level BPE with an end-of-text token, as of "
                              "GPT-2, SmolLM2 and LLaMA-3, can be read") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path} is no tokenizer.json or damaged: download it again") from None
 
     def read(self, file):
@@ -140,7 +147,10 @@ class BPE:
         self.eot = next((self.special[name] for name in EOT if name in self.special), None)
         if self.eot is None:
             raise Unsupported(f"no special token {' or '.join(EOT)}")
-        self.vocab_size = max([*model["vocab"].values(), *self.special.values()]) + 1
+        ids = [*model["vocab"].values(), *self.special.values()]
+        if wrong := [i for i in ids if type(i) is not int or not 0 <= i < IDS]:
+            raise Unsupported(f"the token id {wrong[0]!r:.40}")
+        self.vocab_size = max(ids) + 1
 
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         ignore_merges, made = model.get("ignore_merges", False), {a + b for a, b in merges}

@@ -166,6 +166,9 @@ def commit():
     return (head.strip() + (" + changes" if dirty else "")) or None
 
 
+DOWNLOADS = {}  # {owner/name: the commit that the hub served}, of what this process has read
+
+
 def header(device="cpu"):
     """What a number needs to be believed: command, commit, versions, device."""
     names = {"cuda": torch.cuda.get_device_name} if device == "cuda" else {}
@@ -178,6 +181,7 @@ def header(device="cpu"):
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": names[device]() if device in names else cpu if device == "cpu" else device,
+        "downloads": dict(DOWNLOADS),
     }
 
 

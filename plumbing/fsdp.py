@@ -5,11 +5,15 @@ gathered just before it runs. What is here works without a process group too, as
 """
 
 import contextlib
+import io
 import os
+import pathlib
+import pickle
 import shutil
 import signal
 import sys
 import threading
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from plumbing.hub import read_pickle, write_pickle
+from plumbing.files import read_pickle, write_pickle
 from plumbing.weights import check_names
 
 
@@ -55,7 +59,8 @@ def process_group(wanted, device, folder, batch_size):
         torch.cuda.set_device(local)
     leaving = threading.Event()
     watch_for_the_end(on_failure, leaving)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    # ranks wait in a barrier while one downloads, and torch would end them after half an hour
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     try:
@@ -210,12 +215,66 @@ def read(path):
     return read_pickle(path)
 
 
+class Names(pickle.Unpickler):
+    """Reads the .metadata of torch's checkpoints, which as a plain pickle could run any code."""
+
+    allowed = {"torch.distributed.checkpoint.metadata": (
+                   "Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties", "StorageMeta",
+                   "ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"),
+               "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+               "torch.serialization": ("_get_layout",), "torch": ("Size",)}
+
+    def find_class(self, module, name):
+        if module.startswith("pathlib"):
+            return pathlib.PurePath  # where the folder once was, of any system
+        if name in self.allowed.get(module, ()) or module == "torch" and (
+                isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads a folder of `save` that may be from anybody. A bad .metadata: ValueError."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        path = os.path.join(folder, ".metadata")
+        try:
+            with open(path, "rb") as f:
+                self.content = Names(f).load()
+            files = {part.relative_path for part in self.content.storage_data.values()}
+            if any(os.path.basename(file) != file for file in files):
+                raise ValueError("files elsewhere")
+        except OSError:
+            raise
+        except Exception as error:  # damaged bytes make pickle raise nearly anything
+            raise ValueError(f"{path} is damaged, or holds more than a checkpoint ({error!s:.200})") from None
+
+    def read_metadata(self, *_):
+        return self.content
+
+
+class Planner(dcp.DefaultLoadPlanner):
+    def load_bytes(self, item, value):
+        plain = io.BytesIO()  # in place of what torch would read without restriction
+        try:
+            torch.save(torch.load(value, weights_only=True), plain)
+        except Exception:
+            raise ValueError(f"{item.dest_index.fqn} is more than plain values") from None
+        plain.seek(0)
+        super().load_bytes(item, plain)
+
+
 def load(saved, model, optimizer, trained_only):
     """Put what `read` returned into the model and its optimizer."""
     if "folder" in saved:
         options = StateDictOptions(ignore_frozen_params=trained_only, strict=not trained_only)
         parts = dict(zip(("model", "optimizer"), states(model, optimizer, trained_only, whole=False)))
-        dcp.load(parts, checkpoint_id=saved["folder"])
+        try:
+            dcp.load(parts, storage_reader=Reader(saved["folder"]), planner=Planner())
+        except dcp.CheckpointException as error:
+            why = " ".join(str(next(iter(error.failures.values()))[0]).split())
+            raise ValueError(f"{saved['folder']} is damaged or of another model: {why:.300}") from None
     else:
         options = StateDictOptions(full_state_dict=True, ignore_frozen_params=trained_only,
                                    strict=not trained_only)

@@ -1,36 +1,133 @@
-"""Weights from a hub or a folder: download with resume, safetensors and .bin in, safetensors out.
+"""Files from the Hugging Face hub, each fetched once.
 
-Environment: HF_ENDPOINT, a mirror instead of https://huggingface.co; HF_TOKEN, your access token
-for gated models, which only that host sees; SPARSE_CACHE, instead of ~/.cache/sparse-attention.
+A file is looked for in our cache, then in the official client's, which is read and never written
+to, and then on the hub. Once it is there no network is needed. Environment variables:
+  SPARSE_CACHE   our cache, instead of ~/.cache/sparse-attention
+  HF_HOME        the official client's folder, instead of ~/.cache/huggingface; its hub/ is the cache,
+                 HF_HUB_CACHE names another one; its token is the access token, HF_TOKEN goes first
+  HF_HUB_OFFLINE=1    the hub is not asked
+  HF_ENDPOINT    a mirror, instead of https://huggingface.co; only this host sees the token
+  HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE    as everywhere
 """
 
 import contextlib
+import functools
+import gzip
 import hashlib
 import http.client
-import json
-import math
 import os
 import re
 import ssl
 import time
 import urllib.request
+import zlib
 from urllib.error import URLError
 from urllib.parse import quote, urlsplit
 
-import torch
 from tqdm import tqdm
 
-from plumbing.flags import replace
+from plumbing.files import WEIGHTS, read_header, read_index, shards
+from plumbing.flags import DOWNLOADS
 
-WEIGHTS = ["model.safetensors", "model.safetensors.index.json",
-           "pytorch_model.bin", "pytorch_model.bin.index.json"]  # looked for in this order
+try:
+    import certifi  # comes with tiktoken; some installations of Python have no certificates
+except ImportError:
+    certifi = None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 GPT2 = ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]  # short for openai-community/...
+
+# -----------------------------------------------------------------------------
+# where files are: our cache, and the official client's
+
+
+def setting(*names, default=""):
+    """The first of these environment variables that is set, a leading ~ expanded."""
+    return os.path.expanduser(next(filter(None, map(os.environ.get, names)), default))
+
+
+def official(name):
+    """A path in the folder of the official client."""
+    caches = setting("XDG_CACHE_HOME", default="~/.cache")
+    return os.path.join(setting("HF_HOME", default=os.path.join(caches, "huggingface")), name)
+
+
+def access_token():
+    """What `hf auth login` wrote, if no variable holds a token."""
+    token = setting("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    path = setting("HF_TOKEN_PATH", default=official("token"))
+    with contextlib.suppress(OSError, ValueError), open(path) as f:
+        token = token or f.read()
+    return "".join(token.split())
+
+
+def full_name(name):
+    """owner/name of a hub name; ValueError if it is none, so that no path leaves the cache."""
+    repo = f"openai-community/{name}" if name in GPT2 else name
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
+        raise ValueError(f"{name!r} is no file or folder here and no hub name: give a local folder "
+                         f"(config.json + model.safetensors), {', '.join(GPT2)}, or owner/name as "
+                         "in meta-llama/Llama-3.2-1B")
+    return repo
+
+
+def our_folder(repo, revision="main", kind="model"):
+    cache = setting("SPARSE_CACHE", default="~/.cache/sparse-attention")
+    return os.path.join(cache, "datasets" * (kind == "dataset"), repo, revision)
+
+
+def snapshots(repo, revision="main", kind="model"):
+    """The folders where the official client, or an old one, would have put that revision."""
+    new = setting("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", default=official("hub"))
+    for cache in filter(None, (new, setting("TRANSFORMERS_CACHE"))):
+        for name in (repo, repo.removeprefix("openai-community/")):  # once it was just gpt2
+            folder, commit = os.path.join(cache, f"{kind}s--{name.replace('/', '--')}"), revision
+            ref = os.path.join(folder, "refs", revision)
+            with contextlib.suppress(OSError, ValueError), open(ref) as f:
+                commit = f.read().strip()
+            yield os.path.join(folder, "snapshots", commit)
+
+
+def intact(path, name=None):
+    """Is it a file, and of the kind that its name says? The login page of a network is not."""
+    name = name or path
+    if not (os.path.isfile(path) and os.access(path, os.R_OK)):
+        return False
+    try:
+        if name.endswith(".safetensors"):
+            read_header(path, bytes_in(path))
+        if name.endswith(".index.json"):
+            read_index(path)
+    except ValueError:
+        return False
+    with open(path, "rb") as f:
+        begin = f.read(100).lstrip()[:1]
+        f.seek(max(0, bytes_in(path) - 100))
+        end = f.read().rstrip()[-1:]
+    return begin + end == b"{}" if name.endswith(".json") else begin not in (b"", b"<")
+
+
+def note(repo, folder):
+    """The commits that the files in the folder are from go into results.json; returns the folder."""
+    commits = {os.path.basename(folder)}
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "commits")) as f:
+        commits = {name: commit for commit, _, name in (line.partition(" ") for line in f)}.values()
+    if commits := {commit for commit in commits if re.fullmatch("[0-9a-f]{40}", commit)}:
+        DOWNLOADS[repo] = ", ".join(sorted(commits))
+    return folder
+
 
 # -----------------------------------------------------------------------------
 # download: to <name>.part, continued after a cut, checked, then renamed
 
-WAITS = [0.5, 1, 2, 4, None]  # seconds before another try
-NETWORK = (URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
+WAITS = [0.5, 1, 2, 4, None]  # seconds before another try; from the first again after progress
+TIMEOUT = 30  # seconds without a byte
+NETWORK = (URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException,
+           EOFError, zlib.error, gzip.BadGzipFile)
+DIGEST = r'(?:W/)?"?([0-9a-f]{64}|[0-9a-f]{40})"?'  # an ETag that is a sha256, or git's sha1 of a blob
 
 
 class MissingFile(ValueError):
@@ -38,27 +135,48 @@ class MissingFile(ValueError):
 
 
 def download(repo, filename, revision="main", kind="model"):
-    """Path of a hub file in the cache folder; a file that is there needs no network.
+    """Path of a hub file, in one of the caches; a file that is there needs no network.
 
     repo 'owner/name'; kind 'model' or 'dataset'. Size and hash are checked where the server tells
     them. MissingFile (404), ValueError (gated, damaged), OSError (network, disk), one line each.
-    One process at a time may download the same file.
+    Several processes may ask for the same file: one fetches it, the others wait.
     """
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    place = {"model": "", "dataset": "datasets/"}[kind] + repo
-    cache = os.path.expanduser(os.environ.get("SPARSE_CACHE") or "~/.cache/sparse-attention")
-    path = os.path.join(cache, place, revision, filename)
-    if os.path.exists(path):
+    repo = full_name(repo)
+    ours = our_folder(repo, revision, kind)
+    folders = ours, *snapshots(repo, revision, kind)
+    found = next((folder for folder in folders if intact(os.path.join(folder, filename))), ours)
+    if found == ours:
+        fetch(repo, filename, revision, kind)
+    return os.path.join(note(repo, found), filename)
+
+
+def fetch(repo, filename, revision="main", kind="model"):
+    """Path of a hub file in our cache, from the hub unless it is there."""
+    folder = our_folder(repo, revision, kind)
+    path = os.path.join(folder, filename)
+    if intact(path):
         return path
+    if setting("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE").upper() in ("1", "ON", "YES", "TRUE"):
+        other = next(snapshots(repo, revision, kind))
+        raise ConnectionError(f"HF_HUB_OFFLINE is set, and neither {folder} nor {other} has {filename} "
+                              "and what belongs to it: unset it, or give a local folder")
+    endpoint = setting("HF_ENDPOINT", default="https://huggingface.co").rstrip("/")
+    place, part = "datasets/" * (kind == "dataset") + repo, path + ".part"
     url = f"{endpoint}/{place}/resolve/{quote(revision, safe='')}/{quote(filename)}"
-    part = path + ".part"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        if fault := mismatch(part, *transfer(url, part)):
-            os.remove(part)
-            raise ValueError(f"{url} arrived with {fault} and was removed: run the same command "
-                             "again, or name another mirror in HF_ENDPOINT")
-        os.replace(part, path)
+        with locked(path):
+            if intact(path):  # another process was faster
+                return path
+            sizes, tag, commit = transfer(url, part)
+            fault = mismatch(part, sizes, tag)
+            if fault := fault or not intact(part, filename) and "no file of its kind (a web page?)":
+                os.remove(part)
+                raise ValueError(f"{url} arrived with {fault} and was removed: run the same command "
+                                 "again, or name another mirror in HF_ENDPOINT")
+            os.replace(part, path)
+            with open(os.path.join(folder, "commits"), "a") as f:
+                f.write(f"{commit} {filename}\n")
     except ConnectionError:
         raise
     except OSError as error:
@@ -67,25 +185,54 @@ def download(repo, filename, revision="main", kind="model"):
     return path
 
 
+@contextlib.contextmanager
+def locked(path):
+    """Only one process at a time comes in, where the system has such locks."""
+    lock = path + ".lock"
+    with open(lock, "a") as f:
+        try:
+            fcntl and fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tqdm.write(f"waiting for another process, which downloads {path}")
+            fcntl.flock(f, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:  # beside a part it stays, because who waits and who comes now need the same lock
+            with contextlib.suppress(OSError):
+                os.path.exists(path + ".part") or os.remove(lock)
+
+
 def transfer(url, part):
-    """All of url into the file part, in as many requests as it takes -> ({sizes}, tag) promised."""
-    sizes = set()
-    for wait in WAITS:
+    """All of url into the file part, in as many requests as it takes -> ({sizes}, tag, commit)."""
+    sizes, waits, most = set(), iter(WAITS), bytes_in(part)
+    while True:
         try:
             # The last byte again: a part that is already whole gets an answer too.
-            response, start, size, tag = connect(url, max(bytes_in(part) - 1, 0))
-            sizes |= {size} - {None}
-            receive(response, part, start, size)
-            return sizes, tag
+            response, start, promised, tag, commit = connect(url, max(bytes_in(part) - 1, 0))
+            sizes |= promised
+            receive(response, part, start, promised)
+            return sizes, tag, commit
         except NETWORK as error:
             code = getattr(error, "code", None)
             if code == 416:  # part is longer than the file
                 os.remove(part)
+            if bytes_in(part) > most:
+                most, waits = bytes_in(part), iter(WAITS)
             offline = code is None and isinstance(error, URLError) and not bytes_in(part)
-            if wait is None or offline or code and code < 500 and code != 416:
+            wait = asked_for(error.headers) if code == 429 else next(waits)
+            if wait is None or offline or code and code < 500 and code not in (408, 416, 429):
                 raise explained(error, url, bytes_in(part)) from None
             tqdm.write(f"{url}: {error}; trying again in {wait} s")
             time.sleep(wait)
+
+
+def asked_for(headers):
+    """Seconds to wait after Too Many Requests: Retry-After, or t of RateLimit, else a minute."""
+    after = re.fullmatch(r"\d+", headers["Retry-After"] or "")
+    after = after or re.search(r"(?<=\bt=)\d+", headers["RateLimit"] or "")
+    return min(max(1, int(after[0])), 3600) if after else 60
 
 
 def bytes_in(path):
@@ -94,43 +241,63 @@ def bytes_in(path):
 
 class Redirects(urllib.request.HTTPRedirectHandler):
     """The hub redirects large files to a storage host, which must not see the token and does not
-    tell the hash: the redirecting answer does."""
+    tell hash, size and commit: the redirecting answers do, the first one counts."""
 
-    tag = None
+    def __init__(self):
+        self.told = {}
+
+    def listen(self, headers):
+        names = ("X-Repo-Commit", "X-Linked-Etag", "X-Linked-Size")
+        self.told = {name: headers[name] for name in names if headers[name]} | self.told
 
     def redirect_request(self, request, body, code, message, headers, url):
         new = super().redirect_request(request, body, code, message, headers, url)
-        self.tag = self.tag or headers["X-Linked-Etag"]
+        self.listen(headers)
         if urlsplit(url)[:2] != urlsplit(request.full_url)[:2]:
             new.remove_header("Authorization")
         return new
 
 
 def connect(url, start):
-    """GET url from byte start on -> response, its first byte, bytes of the whole file, hash tag."""
-    token, redirects = os.environ.get("HF_TOKEN", "").strip(), Redirects()
+    """GET url from byte start on -> response, its first byte, {sizes of the whole file}, tag, commit."""
+    token, redirects, context = access_token(), Redirects(), ssl.create_default_context()
+    if certifi:
+        context.load_verify_locations(certifi.where())
     headers = {"User-Agent": "sparse-attention"}
     headers |= {"Authorization": f"Bearer {token}"} if token else {}
     headers |= {"Range": f"bytes={start}-"} if start else {}
-    request = urllib.request.Request(url, headers=headers)
-    response = urllib.request.build_opener(redirects).open(request, timeout=30)
+    opener = urllib.request.build_opener(redirects, urllib.request.HTTPSHandler(context=context))
+    response = opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     answer, at_home = response.headers, urlsplit(response.url)[:2] == urlsplit(url)[:2]
+    redirects.listen(answer)
+    told, etag = redirects.told, at_home and answer["ETag"] or ""
+    of_a_hub = told.keys() & {"X-Repo-Commit", "X-Linked-Etag"}
+    if not of_a_hub and not re.fullmatch(DIGEST, etag):
+        raise ValueError(f"{url} was answered by {urlsplit(response.url).netloc}, which is no hub "
+                         f"({answer['Content-Type']}, no X-Repo-Commit): the login page of a "
+                         "network? Else check HF_ENDPOINT")
+    if (coding := answer["Content-Encoding"] or "identity") not in ("identity", "gzip"):
+        raise http.client.HTTPException(f"the server packs with {coding!r}")
     # A server that ignores Range sends the file from byte 0, without a Content-Range.
-    span = answer["Content-Range"] or f"bytes 0-/{answer['Content-Length'] or '*'}"
+    length = answer["Content-Length"] if coding == "identity" else None
+    span = answer["Content-Range"] or f"bytes 0-/{length or '*'}"
     if not (numbers := re.fullmatch(r"bytes (\d+)-\d*/(?:(\d+)|\*)", span)):
         raise http.client.HTTPException(f"the server speaks of {span!r}")
-    first, size = (n and int(n) for n in numbers.groups())
-    tag = redirects.tag or answer["X-Linked-Etag"] or (at_home and answer["ETag"])
-    return response, first, size, tag
+    sizes = {int(n) for n in (numbers[2], told.get("X-Linked-Size")) if n and n.isdecimal()}
+    tag = told.get("X-Linked-Etag") or (etag if of_a_hub else "")
+    return response, int(numbers[1]), sizes, tag, told.get("X-Repo-Commit")
 
 
-def receive(response, part, start, size):
-    """The body of the response into the file part, from byte start on; size: of the whole file."""
+def receive(response, part, start, sizes):
+    """The body of the response into the file part, from byte start on; sizes: of the whole file."""
+    size = max(sizes, default=None)
     bar = tqdm(desc=os.path.basename(part).removesuffix(".part"), initial=start, total=size,
                unit="B", unit_scale=True)
     with response, open(part, "ab") as f, bar:
+        packed = response.headers["Content-Encoding"] == "gzip"
+        body = gzip.GzipFile(fileobj=response) if packed else response
         f.truncate(start)
-        while block := response.read1(2**20):
+        while block := body.read1(2**20):
             f.write(block)
             bar.update(len(block))
         f.flush()
@@ -140,11 +307,11 @@ def receive(response, part, start, size):
 
 
 def mismatch(path, sizes, tag):
-    """What contradicts the sizes or the ETag: 64 digits are a sha256, 40 git's sha1 of a blob."""
+    """What contradicts the sizes or the tag, if that is a hash."""
     have = bytes_in(path)
     if sizes - {have}:
         return f"{have} bytes instead of {max(sizes)}"
-    if digest := re.fullmatch(r'(?:W/)?"?([0-9a-f]{64}|[0-9a-f]{40})"?', tag or ""):
+    if digest := re.fullmatch(DIGEST, tag):
         new = hashlib.sha256() if len(digest[1]) == 64 else hashlib.sha1(b"blob %d\0" % have)
         with open(path, "rb") as f:
             while block := f.read(2**20):
@@ -155,208 +322,59 @@ def mismatch(path, sizes, tag):
 
 def explained(error, url, have):
     """The exception for a request that failed for good: one line that says what to do."""
-    code, page = getattr(error, "code", None), url.split("/resolve/")[0]
+    code, reason = getattr(error, "code", None), getattr(error, "reason", error)
+    page = url.split("/resolve/")[0]
     if code in (401, 403):
-        token = "the HF_TOKEN you set" if os.environ.get("HF_TOKEN") else "no HF_TOKEN"
-        return ValueError(f"{page} is gated or private, or there is no such repository or local "
-                          f"folder (HTTP {code}, {token}): accept the licence on that page and set "
-                          "HF_TOKEN to your access token")
+        said = "".join(filter(str.isprintable, error.headers["X-Error-Message"] or str(reason)))[:200]
+        mend = ("is gated or private, or there is no such repository or local folder: accept the "
+                "licence on that page and set HF_TOKEN to your access token")
+        if access_token() and error.headers["X-Error-Code"] != "GatedRepo":
+            mend = ("refuses your access token: renew it (HF_TOKEN, or hf auth login), or accept the "
+                    "licence on that page; a public model needs no token")
+        return ValueError(f"{page} {mend} ({urlsplit(error.url).netloc}: HTTP {code}, {said!r})")
     if code == 404:
         return MissingFile(f"{url}: there is no such repository or file")
     if code or have:
         return ConnectionError(f"{url}: {error}; {have} bytes are kept, run the same command again")
-    return ConnectionError(f"can not reach {page} ({getattr(error, 'reason', error)}): without a "
-                           "network give a local folder (config.json + model.safetensors), or set "
-                           "HF_ENDPOINT to a mirror")
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return ConnectionError(f"{page}: {reason}: name a file with your network's certificates in "
+                               "SSL_CERT_FILE")
+    return ConnectionError(f"can not reach {page} ({reason}): without a network give a local folder "
+                           "(config.json + model.safetensors), or copy ~/.cache/huggingface from where "
+                           "`hf download` works, or set HF_ENDPOINT to a mirror")
+
+
+def whole(folder):
+    """Does the folder hold all of a model?"""
+    at = functools.partial(os.path.join, folder)
+    found = next((file for file in WEIGHTS if intact(at(file))), None)
+    files = ["config.json"] + ["tokenizer.json"] * os.path.exists(at("tokenizer.json"))
+    return found and all(intact(at(file)) for file in files + shards(at(found)))
 
 
 def fetch_model(name):
     """The folder of a model: an existing path as it is, a hub name by download.
 
-    'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or 'owner/name'. Fetches config.json, the first
-    of WEIGHTS that there is, its shards, and tokenizer.json if there is one.
+    'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or 'owner/name'. A folder of one of the caches that
+    holds the whole model is taken as it is. Else our cache gets what it lacks of config.json, the
+    first of WEIGHTS that there is, its shards, and tokenizer.json if there is one.
     """
     if os.path.exists(name):
         return name
-    repo = f"openai-community/{name}" if name in GPT2 else name
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
-        raise ValueError(f"{name!r} is no file or folder here and no hub name: give a local folder "
-                         f"(config.json + model.safetensors), {', '.join(GPT2)}, or owner/name as "
-                         "in meta-llama/Llama-3.2-1B")
-    folder = os.path.dirname(download(repo, "config.json"))
-    cached = [file for file in WEIGHTS if os.path.exists(os.path.join(folder, file))]
-    if not cached:  # else it was asked for then: a second run needs no network
+    repo = full_name(name)
+    for folder in filter(whole, (our_folder(repo), *snapshots(repo))):
+        return note(repo, folder)
+    at = functools.partial(os.path.join, os.path.dirname(fetch(repo, "config.json")))
+    cached = [file for file in WEIGHTS if intact(at(file))]
+    if not cached or os.path.exists(at("tokenizer.json")):  # else it was asked for then
         with contextlib.suppress(MissingFile):
-            download(repo, "tokenizer.json")
+            fetch(repo, "tokenizer.json")
     for file in cached or WEIGHTS:
-        try:
-            path = download(repo, file)
-        except MissingFile:
-            continue
-        for shard in sorted(set(read_index(path).values())) if file.endswith(".json") else []:
-            download(repo, shard)
-        return folder
-    raise ValueError(f"{repo} has none of {', '.join(WEIGHTS)}")
-
-
-# -----------------------------------------------------------------------------
-# readers: {name: tensor}, memory-mapped, so that only what is used is read
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-          "U8": torch.uint8, "BOOL": torch.bool}
-
-
-def read_weights(path):
-    """{name: tensor} of a folder that holds one of WEIGHTS, or of one such file."""
-    path = os.fspath(path)
-    if os.path.isdir(path):
-        found = [file for file in WEIGHTS if os.path.exists(os.path.join(path, file))]
-        if not found:
-            raise ValueError(f"{path} holds no weights: looked for {', '.join(WEIGHTS)}")
-        path = os.path.join(path, found[0])
-    if path.endswith(".index.json"):
-        return read_shards(path)
-    if path.endswith(".safetensors"):
-        return read_safetensors(path)
-    content = read_pickle(path)
-    if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
-        raise ValueError(f"{path} is not a table of named tensors")
-    return dict(content)
-
-
-def read_index(path):
-    """{tensor name: file name in the same folder} of a *.index.json."""
-    with contextlib.suppress(ValueError, TypeError, KeyError), open(path, "rb") as f:
-        files = dict(json.load(f)["weight_map"])
-        if all(re.fullmatch(r"[\w.-]+\.(safetensors|bin)", file) for file in files.values()):
-            return files
-    raise ValueError(f"{path} is damaged: its weight_map names no files beside it")
-
-
-def read_shards(path):
-    files, tensors = read_index(path), {}
-    for shard in sorted(set(files.values())):
-        file = os.path.join(os.path.dirname(path), shard)
-        if not os.path.exists(file):
-            raise ValueError(f"{path} names the file {shard}, which is not beside it")
-        content = read_weights(file)
-        names = [name for name in files if files[name] == shard]
-        if lost := [name for name in names if name not in content]:
-            raise ValueError(f"{file} lacks {lost[0]}, which the index says it holds")
-        tensors |= {name: content[name] for name in names}
-    return tensors
-
-
-def read_pickle(path):
-    """What torch.save wrote, if it is tensors and plain containers: nothing in it is executed."""
-    with open(path, "rb") as f:
-        mapped = f.read(4) == b"PK\3\4"  # files from before torch 1.6 can not be mapped
-    try:
-        return torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
-    except MemoryError:
-        raise
-    except Exception:  # damaged bytes make torch and pickle raise nearly anything
-        raise ValueError(f"{path} can not be read: cut, damaged, or more than tensors and plain "
-                         "containers") from None
-
-
-def read_safetensors(path):
-    """{name: tensor}, private views of the mapped file: writing to them leaves the file alone.
-
-    8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then
-    the bytes of the tensors without gaps. A damaged file: ValueError that names file and fault.
-    """
-    size, tensors = os.path.getsize(path), {}
-    base, rows = read_header(path, size)
-    data = torch.from_file(os.fspath(path), shared=False, size=size, dtype=torch.uint8)
-    for begin, end, shape, kind, name in rows:
-        raw, dtype = data[base + begin : base + end], DTYPES[kind]
-        if (base + begin) % dtype.itemsize:
-            raw = raw.clone()  # a view must begin at a multiple of its number's size
-        tensors[name] = raw.view(dtype).view(shape) if len(raw) else torch.empty(shape, dtype=dtype)
-    return tensors
-
-
-def read_metadata(path):
-    """{str: str}, the __metadata__ of a safetensors file."""
-    read_header(path, os.path.getsize(path))
-    with open(path, "rb") as f:
-        return json.loads(f.read(int.from_bytes(f.read(8), "little"))).get("__metadata__") or {}
-
-
-def read_header(path, size):
-    """(offset of the first tensor, [(begin, end, shape, dtype, name)] in the file's order)."""
-    with open(path, "rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if length > size - 8:
-            raise ValueError(f"{path} is no safetensors file or is cut: {size} bytes, header of "
-                             f"{length} (a Git LFS pointer or a web page? download it again)")
-        text = f.read(length)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        rows = sorted((*t["data_offsets"], t["shape"], t["dtype"], n) for n, t in header.items())
-        whole = all(type(n) is int and n >= 0 for a, b, shape, *_ in rows for n in (a, b, *shape))
-        whole &= all(math.prod(filter(None, shape)) < 2**60 for _, _, shape, *_ in rows)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{path}: its header is no table of dtype, shape and data_offsets")
-    last, fault = 0, None
-    for begin, end, shape, dtype, name in rows:
-        if str(dtype) not in DTYPES:
-            fault = f"has the unknown dtype {dtype}"
-        elif end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-            fault = f"has {end - begin} bytes, which {dtype} {shape} does not"
-        elif begin != last:
-            fault = f"begins at byte {begin}, the one before ends at {last}: overlap or hole"
-        if fault:
-            raise ValueError(f"{path}: tensor {name!r} {fault}")
-        last = end
-    if 8 + length + last != size:
-        raise ValueError(f"{path} has {size} bytes, its header promises {8 + length + last}: "
-                         "download it again")
-    return 8 + length, rows
-
-
-# -----------------------------------------------------------------------------
-# writers: whole or not at all
-
-
-def write_pickle(path, content):
-    """torch.save of tensors and plain containers, which read_pickle opens."""
-    try:
-        replace(path, lambda temporary: torch.save(content, temporary))
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(f"can not write {path}, is the disk full? what was there before is as it "
-                      f"was ({str(error).splitlines()[0]})") from None
-
-
-def write_safetensors(path, tensors, metadata=None):
-    """{name: tensor} to a file, one tensor at a time, whole or not at all.
-
-    metadata: {str: str}, beside {"format": "pt"}, which transformers asks for.
-    """
-    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
-    header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
-    for name, t in tensors.items():
-        if t.dtype not in kinds:
-            raise ValueError(f"{path}: tensor {name!r} is {t.dtype}, which can not be stored")
-        begin, end = end, end + t.numel() * t.element_size()
-        header[name] = {"dtype": kinds[t.dtype], "shape": [*t.shape], "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-
-    def write(temporary):
-        with open(temporary, "wb") as f:
-            f.write(len(text).to_bytes(8, "little") + text)
-            for t in tensors.values():
-                t = t.detach().cpu().contiguous()
-                f.write(t.reshape(-1).view(torch.uint8).numpy())  # numpy has no bfloat16
-
-    try:
-        replace(path, write)
-    except OSError as error:
-        raise OSError(error.errno, f"can not write {path}: {error.strerror}; what was there before "
-                                   "is as it was") from None
+        with contextlib.suppress(MissingFile):
+            fetch(repo, file)
+            break
+    else:
+        raise ValueError(f"{repo} has none of {', '.join(WEIGHTS)}")
+    for shard in shards(at(file)):
+        fetch(repo, shard)
+    return note(repo, at())

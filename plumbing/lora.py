@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from plumbing import hub
+from plumbing.files import read_metadata, read_safetensors, write_safetensors
 
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_gate", "mlp.c_proj")  # of every block
 
@@ -65,14 +65,18 @@ def fingerprint(weights):
 def save(path, adapters, base, config):
     """The adapter file: {name: tensor}, the base's fingerprint, and the gates they were trained with."""
     gates = {"sparse": config.sparse, "gate_bias": config.gate_bias}
-    hub.write_safetensors(path, adapters, {"base": base, "gates": json.dumps(gates)})
+    write_safetensors(path, adapters, {"base": base, "gates": json.dumps(gates)})
 
 
 def merged(path, weights):
     """(Config fields of the gates, weights + B A in float32); wrong file or base: ValueError."""
-    adapters, about = hub.read_safetensors(path), hub.read_metadata(path)
-    if "base" not in about or "gates" not in about:
-        raise ValueError(f"{path} is no adapter file of train.py --lora")
+    adapters, about = read_safetensors(path), read_metadata(path)
+    try:
+        base, gates = about["base"], json.loads(about["gates"])
+        if gates.keys() - {"sparse", "gate_bias"}:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{path} is no adapter file of train.py --lora") from None
     layers = sorted({name.rsplit(".", 1)[0] for name in adapters})
     for layer in layers:
         W = weights.get(layer + ".weight")
@@ -82,11 +86,11 @@ def merged(path, weights):
         if W is None or W.shape != shape:
             raise ValueError(f"{path} adapts {layer}, {shape[0]} x {shape[1]}, which this base has not: "
                              "give the base that it was trained on")
-    if fingerprint(weights) != about["base"]:
+    if fingerprint(weights) != base:
         raise ValueError(f"{path} was trained on a base of the same shape but with other weights "
-                         f"({about['base']}, these are {fingerprint(weights)})")
+                         f"({base}, these are {fingerprint(weights)})")
     weights = dict(weights)
     for layer in layers:
         a, b = (adapters[f"{layer}.lora_{x}"].to(torch.float32) for x in "ab")
         weights[layer + ".weight"] = weights[layer + ".weight"].to(torch.float32) + b @ a
-    return json.loads(about["gates"]), weights
+    return gates, weights

@@ -20,9 +20,9 @@ import torch
 from tqdm import tqdm
 
 from plumbing import fsdp, lora
+from plumbing.files import read_pickle, read_safetensors, write_pickle
 from plumbing.flags import Log, pick_device, write_results
 from plumbing.flags import replace as replace_file
-from plumbing.hub import read_pickle, read_safetensors, write_pickle
 from plumbing.tokens import TOKENIZERS
 
 # -----------------------------------------------------------------------------

@@ -52,12 +52,21 @@ class GPT2:
     def bpe(self):
         import tiktoken
 
+        from plumbing.bpe import BPE
+
         try:
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:
-            raise ValueError(f"tiktoken can not download its gpt2 files ({type(error).__name__}): "
-                             "set TIKTOKEN_CACHE_DIR to a folder that holds them, or choose the "
-                             "tokenizer 'bytes', which needs no download") from None
+            tiktokens = type(error).__name__
+        try:  # the hub has the same table
+            own = BPE(hub.download("openai-community/gpt2", "tokenizer.json"))
+            if own.name != self.name:
+                raise ValueError("its tokenizer.json is another one")
+            return own.bpe
+        except (OSError, ValueError) as error:
+            raise ValueError(f"tiktoken can not download its gpt2 files ({tiktokens}), nor are they on the "
+                             f"hub ({error}): set TIKTOKEN_CACHE_DIR to a folder that holds them, or "
+                             "choose the tokenizer 'bytes', which needs no download") from None
 
     def encode(self, text):
         return self.bpe.encode_ordinary(text)

@@ -11,7 +11,7 @@ import re
 
 import torch
 
-from plumbing import hub, lora
+from plumbing import files, hub, lora
 from plumbing.flags import open_folder, replace_text
 from plumbing.plan import KNOWN
 
@@ -48,15 +48,16 @@ def read_checkpoint(name_or_path):
     if os.path.isdir(path):
         settings = read_json(path)
         fields = fields_from(path, settings)
-        weights = weights_from(settings, hub.read_weights(path))
+        weights = weights_from(settings, files.read_weights(path))
         if fields.get("tied_head", True) and not same_head(weights):
             raise ValueError(f"{path} has an lm_head.weight of its own, which config.json ties")
         return fields, weights
-    content = hub.read_pickle(path)
+    content = files.read_pickle(path)
     content = content if isinstance(content, dict) else {}
-    fields, weights = content.get("config"), content.get("model", {})
-    if not isinstance(fields, dict) or "gate_bias" not in fields:  # nanoGPT has a config too
-        return from_nanogpt(path, weights or content)
+    fields, weights = content.get("config"), content.get("model", content)
+    table = isinstance(weights, dict) and all(map(torch.is_tensor, weights.values()))
+    if not table or not isinstance(fields, dict) or "gate_bias" not in fields:  # nanoGPT has a config too
+        return from_nanogpt(path, weights if table else {})
     if unknown := fields.keys() - set(" ".join(FIELDS).split()):
         raise ValueError(f"{path} has the unknown setting {min(unknown)}: another version wrote it")
     if any(name.endswith("lora_a") for name in weights):
@@ -75,22 +76,19 @@ def checkpoint_in(path):
 
 def read_json(name):
     """config.json of a Hugging Face folder, or of a repository on the hub."""
-    path = os.path.join(name, "config.json") if os.path.isdir(name) else hub.download(name, "config.json")
+    local = os.path.join(name, "config.json") if os.path.isdir(name) else None
     try:
-        with open(path) as f:
-            return json.load(f)
+        return files.read_json(local or hub.download(name, "config.json"))
     except FileNotFoundError:
         raise ValueError(f"{name} has no config.json: give a Hugging Face folder (config.json + "
                          "model.safetensors), a checkpoint file or a hub name") from None
-    except ValueError:
-        raise ValueError(f"{path} is not valid JSON: get it again") from None
 
 
 def write_model(folder, fields, weights):
     """Write config.json and model.safetensors. Neither a GPT-2 nor a LLaMA: ValueError."""
     settings = settings_from(fields)
     open_folder(folder)
-    hub.write_safetensors(os.path.join(folder, "model.safetensors"), tensors_from(fields, weights))
+    files.write_safetensors(os.path.join(folder, "model.safetensors"), tensors_from(fields, weights))
     replace_text(os.path.join(folder, "config.json"), json.dumps(settings, indent=2) + "\n")
     if fields["sparse"]:
         print(f"note: transformers opens {folder} as a dense model; the README adds its gates")
@@ -175,25 +173,27 @@ NO_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # stor
 
 def fields_from(source, settings):
     """The fields of a config.json, a dict; ValueError for an architecture that our model is not."""
-    family = settings.get("model_type") if isinstance(settings, dict) else None
-    if family not in ARCHITECTURE:
-        raise ValueError(f"{source} is a {family!r} model, known are gpt2 and llama")
-    for key, values in SUPPORTED[family].items():
-        if settings.get(key, values[0]) not in values:
-            raise ValueError(f"{source} has {key} = {settings[key]!r}, which is not built here")
-    fields = {ours: settings[theirs] for ours, theirs in SETTINGS[family].items() if theirs in settings}
-    fields = ABSENT[family] | ARCHITECTURE[family] | fields
-    if family == "llama":
-        rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
-        fields["rope_theta"] = rope.pop("rope_theta", settings.get("rope_theta", 10000.0))
-        fields["rope_scaling"] = rope or None
-        head_size = fields["n_embd"] // fields["n_head"]
-        if settings.get("head_dim") not in (None, head_size):
-            raise ValueError(f"{source} has heads of {settings['head_dim']}, where hidden_size / "
-                             f"num_attention_heads is {head_size}: not built here")
-    if "sparse_attention" in settings:
-        fields |= {"sparse": True, "gate_bias": settings["sparse_attention"].get("gate_bias", 0.0)}
-    return fields
+    try:
+        if (family := settings.get("model_type")) not in ARCHITECTURE:
+            raise ValueError(f"{source} is a {family!r} model, known are gpt2 and llama")
+        for key, values in SUPPORTED[family].items():
+            if settings.get(key, values[0]) not in values:
+                raise ValueError(f"{source} has {key} = {settings[key]!r}, which is not built here")
+        fields = {ours: settings[theirs] for ours, theirs in SETTINGS[family].items() if theirs in settings}
+        fields = ABSENT[family] | ARCHITECTURE[family] | fields
+        if family == "llama":
+            rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
+            fields["rope_theta"] = rope.pop("rope_theta", settings.get("rope_theta", 10000.0))
+            fields["rope_scaling"] = rope or None
+            head_size = fields["n_embd"] // fields["n_head"]
+            if settings.get("head_dim") not in (None, head_size):
+                raise ValueError(f"{source} has heads of {settings['head_dim']}, where hidden_size / "
+                                 f"num_attention_heads is {head_size}: not built here")
+        if "sparse_attention" in settings:
+            fields |= {"sparse": True, "gate_bias": settings["sparse_attention"].get("gate_bias", 0.0)}
+        return fields
+    except (TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{source} has a setting of the wrong kind, or lacks one: {error!r:.200}") from None
 
 
 def settings_from(fields):

@@ -1,9 +1,12 @@
 """FSDP on two gloo ranks: the same training as in one process, and the same after an accident."""
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
+import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +16,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from hub_server import COMMIT, Hub
 from train_in_float64 import prepare
 
 import train
@@ -57,12 +61,12 @@ def alone(folder, *flags, dtype=torch.float64):
             torch.set_default_dtype(torch.float32)
 
 
-def on_rank(rank, port, folder, flags, dtype):
+def on_rank(rank, port, folder, flags, dtype, machines, environment):
     """What torchrun starts, with its output in a file."""
     os.chdir(folder)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
+    names = {"RANK": rank, "LOCAL_RANK": rank // machines, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2 // machines,
              "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="localhost")
+    os.environ.update(environment | {name: str(value) for name, value in names.items()}, MASTER_ADDR="localhost")
     sys.argv, sys.stdout = ["train.py", "--fsdp", *flags], open(f"rank{rank}.txt", "w")
     sys.stderr = sys.stdout
     torch.set_num_threads(1)
@@ -70,13 +74,13 @@ def on_rank(rank, port, folder, flags, dtype):
     plumbing_flags.run(train.main, train.Flags)
 
 
-def together(folder, *flags, dtype=torch.float64):
-    """train.py on two ranks; what each of them printed."""
+def together(folder, *flags, dtype=torch.float64, machines=1):
+    """train.py on two ranks; what each of them printed. machines: 2 of one rank, or 1 of two."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    ranks = [RANKS.Process(target=on_rank, args=(rank, port, folder, flags,
-                                                 dtype)) for rank in range(2)]
+    ranks = [RANKS.Process(target=on_rank, args=(rank, port, folder, flags, dtype, machines,
+                                                 dict(os.environ))) for rank in range(2)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -191,6 +195,100 @@ def test_bad_input_is_one_line(base):
     run = subprocess.run(torchrun(*flags, "--batch-size", "3", "--out", "x"), cwd=folder, env=ENV,
                          capture_output=True, text=True)
     assert run.stderr.count("error: --batch-size 3 is over all ranks and must be a multiple") == 1, run.stderr
+
+
+# -----------------------------------------------------------------------------
+# files of anybody: a sharded checkpoint, and downloads of several machines
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def metadata(folder):
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+
+
+def metadata_of_protocol_2(folder):
+    (folder / ".metadata").write_bytes(b"\x80\x02cbuiltins\nexec\nX\x1b\0\0\0import os;os.mkdir('owned')\x85R.")
+
+
+def cut_metadata(folder):
+    os.truncate(folder / ".metadata", 300)
+
+
+def files_elsewhere(folder):
+    with open(folder / ".metadata", "rb") as f:
+        content = pickle.load(f)
+    for part in content.storage_data.values():
+        part.relative_path = "../../" + part.relative_path
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
+
+
+def bytes_entry(folder):
+    """What is no tensor, as the betas of the optimizer, is a pickle inside of the shard."""
+    with open(folder / ".metadata", "rb") as f:
+        content = pickle.load(f)
+    shard, evil = folder / "__0_0.distcp", io.BytesIO()
+    torch.save(Evil(), evil)
+    for name, kind in content.state_dict_metadata.items():
+        if type(kind).__name__ == "BytesStorageMetadata":
+            part = next(part for index, part in content.storage_data.items() if index.fqn == name)
+            part.offset, part.length, part.relative_path = os.path.getsize(shard), len(evil.getvalue()), shard.name
+            with open(shard, "ab") as f:
+                f.write(evil.getvalue())
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def sharded(base):
+    """A sharded run that was stopped after two steps, by one rank of one."""
+    folder, flags = base
+    with one_rank(), pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(train.fsdp, "process_group", lambda *_: contextlib.nullcontext())
+        prepare(patch.setattr, torch.float32)
+        with pytest.raises(SystemExit):
+            train.main(plumbing_flags.parse(train.Flags, [*flags, "--fsdp", "--sitting", "2", "--out", "sharded"]))
+    torch.set_default_dtype(torch.float32)
+    return folder
+
+
+@pytest.mark.parametrize("crafted, message", [
+    (metadata, "mkdir"), (metadata_of_protocol_2, "builtins.exec"), (cut_metadata, "is damaged"),
+    (files_elsewhere, "files elsewhere"), (bytes_entry, "is more than plain values")])
+def test_a_crafted_sharded_run_does_not_run_code_on_resume(sharded, tmp_path, crafted, message):
+    shutil.copytree(sharded, tmp_path / "copy")
+    crafted(tmp_path / "copy" / "sharded" / "last")
+    with pytest.raises(ValueError, match=message) as error:
+        alone(tmp_path / "copy", "--resume", "sharded", dtype=torch.float32)
+    assert "\n" not in str(error.value) and not (tmp_path / "copy" / "owned").exists()
+
+
+def test_a_sharded_run_is_resumed_where_it_was_copied_to(sharded, tmp_path):
+    shutil.copytree(sharded, tmp_path / "copy")
+    alone(tmp_path / "copy", "--resume", "sharded", "--sitting", "1", dtype=torch.float32)
+
+
+def test_two_machines_with_one_cache_fetch_the_model_once(base, monkeypatch):
+    """Rank 0 of each machine asks for it: the one downloads, the other waits, both train."""
+    folder, flags = base
+    model = {path.name: path.read_bytes() for path in (folder / "model").iterdir()}
+    hub = Hub({"some/llama": model})
+    hub.pace = lambda request, body: [request.send(body[:1000], promise=len(body), commit=None), time.sleep(1),
+                                      request.wfile.write(body[1000:])]
+    for name, value in {"HF_ENDPOINT": hub.home.url, "HF_HOME": str(folder / "huggingface"), "no_proxy": "*",
+                        "SPARSE_CACHE": str(folder / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    names = [name for name in flags if name not in ("--init", str(folder / "model"))]
+    try:
+        together(folder, *names, "--init", "some/llama", "--steps", "1", "--out", "fetched", machines=2)
+    finally:
+        hub.close()
+    assert len(hub.storage.requests) == 1
+    results = json.loads((folder / "fetched" / "results.json").read_text())
+    assert results["downloads"] == {"some/llama": COMMIT}
 
 
 # -----------------------------------------------------------------------------

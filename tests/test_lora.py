@@ -10,7 +10,7 @@ from test_train import NO_AUTOCAST, command
 
 import train
 from model import Config, Transformer
-from plumbing import hub, lora, tokens
+from plumbing import files, lora, tokens
 from plumbing.weights import read_model
 
 
@@ -76,11 +76,15 @@ def test_the_wrong_base_or_file_is_one_clear_line(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             Transformer.from_pretrained(str(tmp_path / folder), path)
         assert "\n" not in str(error.value)
-    hub.write_safetensors(path, first)
+    files.write_safetensors(path, first)
     with pytest.raises(ValueError, match="is no adapter file"):
         Transformer.from_pretrained(str(tmp_path / "base"), path)
+    for gates in ("[" * 10**5, "[]", "{", '{"n_layer": 1000000}'):
+        files.write_safetensors(path, first, {"base": lora.fingerprint(weights), "gates": gates})
+        with pytest.raises(ValueError, match="is no adapter file"):
+            Transformer.from_pretrained(str(tmp_path / "base"), path)
     del first["h.0.attn.c_attn.lora_b"]
-    hub.write_safetensors(path, first, {"base": lora.fingerprint(weights), "gates": "{}"})
+    files.write_safetensors(path, first, {"base": lora.fingerprint(weights), "gates": "{}"})
     with pytest.raises(ValueError, match="lacks"):
         Transformer.from_pretrained(str(tmp_path / "base"), path)
 

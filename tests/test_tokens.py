@@ -146,6 +146,20 @@ def test_gpt2s_vocabulary_in_a_tokenizer_json_fits_gpt2s_token_files(own, tmp_pa
     assert tokens.load_data(folder, "gpt2")["tokenizer"] == "gpt2"
 
 
+def test_without_tiktokens_host_the_hub_has_gpt2s_table(own, monkeypatch):
+    def no_network(_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("tiktoken.get_encoding", no_network)
+    monkeypatch.setattr(hub, "download", lambda *file: {("openai-community/gpt2", "tokenizer.json"): own}[file])
+    with pytest.raises(ValueError, match="ConnectionError.*another one.*TIKTOKEN_CACHE_DIR"):
+        tokens.tokenizer("gpt2").encode("a")
+    vocabulary = [[i, f"{b:02x}"] for i, b in enumerate(bpe.BYTE.values())], {"<|endoftext|>": 50256}
+    monkeypatch.setattr(bpe, "GPT2_VOCABULARY", hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest())
+    gpt2 = tokens.tokenizer("gpt2")
+    assert gpt2.decode(gpt2.encode("a b")) == "a b"
+
+
 # -----------------------------------------------------------------------------
 # prepare
 
