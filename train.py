@@ -195,8 +195,8 @@ def train(flags, saved=None, bar=None):
     data = fsdp.first_on_each_machine(lambda: tokens.load_data(flags.data, tokenizer, flags.steps * per_step))
     order = fold_in(flags.seed, flags.init == "scratch").item()  # the base does not begin with the same
     tok = tokens.tokenizer(tokenizer)
-    blocks, held_out = (tokens.Blocks(data[split], context, order, flags.repeat, tasks.usable(tok))
-                        for split in ("train", "val"))
+    blocks, held_out = (tokens.Blocks(data[split], context, order, flags.repeat, tasks.usable(tok),
+                                      fill=flags.init == "scratch") for split in ("train", "val"))
     fixed = {"val": held_out.evenly(EVAL_SEQUENCES),
              "test": tokens.Blocks(data["test"], context).evenly(EVAL_SEQUENCES)}  # text alone
     fingerprint = runs.fingerprint(blocks, fixed, saved)

@@ -15,11 +15,12 @@ SHORTEST = 8  # tokens of a piece that comes again
 PERIODS = (8, 12, 16, 20, 24, 32, 40, 48, 60)  # lengths of the pieces by which copying is measured
 
 
-def repeat_pieces(row, alphabet, random):
+def repeat_pieces(row, alphabet, random, fill=False):
     """Put pieces that come again into a row of text (T,), in place; between them the text goes on.
 
     A piece has 8 to T / 2 tokens, as many from 8 to 16 as from 16 to 32; half of the pieces are text, half
-    are different random ids. It comes twice or, if there is room, more often, one after the other.
+    are different random ids. It comes twice or, if there is room, more often, one after the other; with
+    `fill` to the end of the row: so copying begins sooner, but short pieces hardly count in the loss.
     Returns bool (T,): random ids that come for the first time, which no model can foresee.
     """
     T, unforeseen = len(row), np.zeros(len(row), bool)
@@ -31,7 +32,7 @@ def repeat_pieces(row, alphabet, random):
         else:
             piece = random.permutation(alphabet)[:length]
             unforeseen[at : at + length] = True
-        end = at + len(piece) * log_uniform(random, 2, (T - at) // len(piece) + 1)
+        end = T if fill else at + len(piece) * log_uniform(random, 2, (T - at) // len(piece) + 1)
         row[at:end] = np.resize(piece, end - at)
         at = end + int(random.integers(SHORTEST))
     return unforeseen

@@ -357,10 +357,10 @@ class Blocks:
     every other one at 0.5, so that each batch has its share. What can not be foreseen has target -1.
     """
 
-    def __init__(self, tokens, block_size, seed=0, repeat=0.0, alphabet=()):
+    def __init__(self, tokens, block_size, seed=0, repeat=0.0, alphabet=(), fill=False):
         self.tokens = tokens if isinstance(tokens, list) else [tokens]
         self.block_size, self.seed, self.epoch = block_size, seed % 2**64, None
-        self.repeat, self.alphabet = repeat, np.array(alphabet)
+        self.repeat, self.alphabet, self.fill = repeat, np.array(alphabet), fill
         self.ends = np.cumsum([max(0, len(t) - 1) // block_size for t in self.tokens])
         self.n_blocks = int(self.ends[-1])
         if not self.n_blocks:
@@ -406,7 +406,7 @@ class Blocks:
             before = (start + n) * self.repeat
             if int(before + self.repeat) > int(before):
                 random = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(start + n, 0)))
-                ignored[n] = repeat_pieces(rows[n], self.alphabet, random)
+                ignored[n] = repeat_pieces(rows[n], self.alphabet, random, self.fill)
         rows = torch.from_numpy(np.stack(rows))
         targets = rows.masked_fill(torch.from_numpy(ignored), -1)
         return rows[:, :-1].contiguous(), targets[:, 1:].contiguous()

@@ -49,6 +49,14 @@ def test_pieces_come_again_inside_of_text():
     assert min(copies) == 2 and max(copies) > 8 and 0.4 < np.mean(shares) < 0.6
 
 
+def test_pieces_that_fill_the_row_go_on_to_its_end():
+    for seed in range(50):
+        row = np.arange(129)
+        unforeseen = copying.repeat_pieces(row, np.arange(1000, 9000), np.random.default_rng(seed), fill=True)
+        (start, period, end), = repeated(row)
+        assert start < 8 and end == 129 and unforeseen.sum() in (0, period)
+
+
 def test_a_share_of_the_blocks_has_them_whatever_the_batch():
     data = (np.arange(40_000) * 7919 % 9973 % 251).astype(np.uint16)
     plain, some = tokens.Blocks(data, 128, 3), tokens.Blocks(data, 128, 3, 0.25, ALPHABET)
