@@ -17,7 +17,7 @@ sparsest state within tau, with deterministic gates, is kept as best.pt and repo
 
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from geco import GECO
 from model import Config, Transformer
-from plumbing import copying, figures, fsdp, lora, plan, runs, tasks, tokens, weights
+from plumbing import copying, figures, folders, fsdp, lora, plan, runs, tasks, tokens, weights
 from plumbing.flags import check, open_folder, pick_device, run as run_script, write_results
 from sparse import fold_in
 
@@ -199,7 +199,7 @@ def train(flags, saved=None, bar=None):
                                       fill=flags.init == "scratch") for split in ("train", "val"))
     fixed = {"val": held_out.evenly(EVAL_SEQUENCES),
              "test": tokens.Blocks(data["test"], context).evenly(EVAL_SEQUENCES)}  # text alone
-    fingerprint = runs.fingerprint(blocks, fixed, saved)
+    fingerprint = folders.fingerprint(blocks, fixed, saved)
 
     # model, and for a bound on the divergence the dense model beside it
     model, teacher = build(flags, config, named, device, half), None
@@ -215,7 +215,7 @@ def train(flags, saved=None, bar=None):
         dense = {split: measure(model, fixed[split])["ce"] for split in fixed} | {"copying": copies(model)}
         model.config.sparse = flags.sparse
         best, trace = None, [{"step": 0} | measure(model, fixed["val"], teacher=teacher)]
-    control = runs.read_control(flags.control, flags, dense["test"]) if flags.control else None
+    control = folders.read_control(flags.control, flags, dense["test"]) if flags.control else None
     # [step, nats]: what the control had reached by then, else what this model has
     reached = [[0, 0.0]] if teacher else control["trace"] if control else [[0, dense["val"]]]
     tau = lambda step: flags.tau or flags.slack + float(np.interp(step, *zip(*reached)))
@@ -326,17 +326,17 @@ def phases(flags):
 
 
 def main(flags):
-    flags, saved = runs.resume(flags) if flags.resume else (flags, None)
-    flags.out = flags.out or runs.default_out(flags)
+    flags, saved = folders.resume(flags) if flags.resume else (flags, None)
+    flags.out = flags.out or folders.default_out(flags)
     if not saved:
-        runs.check_folder(flags)
+        folders.check_folder(flags)
     if flags.dry_run:
         return plan.show(flags, Transformer, Config(**weights.read_fields(flags.init) | {"sparse": flags.sparse}))
     with fsdp.process_group(flags.fsdp, pick_device(flags.device), flags.out, flags.batch_size):
         if flags.benchmark:
             return runs.benchmark(flags, train)
         from_scratch = flags.init == "scratch" and not saved
-        todo = runs.unfinished(phases(flags)) if from_scratch else [(flags, saved)]
+        todo = folders.unfinished(phases(flags)) if from_scratch else [(flags, saved)]
         with runs.progress(todo) as bar:
             for part, saved in todo:
                 train(part, saved, bar)

@@ -15,7 +15,7 @@ from test_train import SMALL, TINY, base, command, last_of, log_of, results_of  
 
 import train
 from model import Config, Transformer
-from plumbing import runs, tokens
+from plumbing import folders, runs, tokens
 from plumbing.bpe import BYTE
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -74,7 +74,7 @@ def test_the_default_folder(init, more, out, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "best.pt").touch()
     given = train.Flags(init=init.replace("DIR", str(tmp_path)), **more)
-    assert runs.default_out(given) == os.path.join("out", out)
+    assert folders.default_out(given) == os.path.join("out", out)
 
 
 def test_a_finished_run_is_not_overwritten_unless_it_is_asked_for(base, finished, tmp_path):
@@ -238,7 +238,7 @@ def test_after_kill_9_the_last_checkpoint_is_there(base, tmp_path, monkeypatch):
     process.communicate(timeout=60)
     step = last_of(tmp_path)["step"]
     assert step >= 20
-    monkeypatch.setattr(runs, "fingerprint", lambda *_: None)  # of the longer evaluations of a command
+    monkeypatch.setattr(folders, "fingerprint", lambda *_: None)  # of the longer evaluations of a command
     assert stopped("--resume", tmp_path, "--sitting", 3) == 0
     assert last_of(tmp_path)["step"] == step + 3
 
