@@ -101,7 +101,7 @@ def test_the_copying_tables_are_the_result_files():
 
 def test_the_table_of_the_demo_s_seeds_is_the_result_files():
     rows = re.findall(r"^\| (\d) \| (\S+)% \| (\S+) \| (\d+), (\d+) \|(.*)$", README, re.M)
-    assert len(rows) >= 3 and [int(row[0]) for row in rows] == [*range(len(rows))]
+    assert rows and [int(row[0]) for row in rows] == [*range(len(rows))]
     for seed, share, above, dense, sparse, ratios in rows:
         folder = "demo" if seed == "0" else f"demo/seed{seed}"
         r, c = results(folder), results(f"{folder}/circuit")
