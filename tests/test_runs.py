@@ -194,6 +194,7 @@ def interrupt_in_line(monkeypatch, step, times=1):
         real(run, n, *rest, **numbers)
         for _ in range(times if n == step else 0):
             signal.raise_signal(signal.SIGINT)
+            time.sleep(0.01)  # two signals in no time would count as one
 
     monkeypatch.setattr(runs.Run, "line", line)
 
