@@ -381,8 +381,8 @@ def print_table(results):
               + (f"  {limits[0]:.2g} to {limits[1]:.2g}" if limits else ""))
     for way in results["dense"].get("rankings", ()):
         cells = (results[name]["rankings"][way] for name in names)
-        print(f"{f'edges_for_0.9 ranked by {way} (rank correlation)':42}"
-              + "".join(f"{c['edges_for_0.9']:5} ({c['spearman']:.2f})"[:10].rjust(12) for c in cells))
+        print(f"{f'edges_for_0.9 by {way} (rank correlation)':42}"
+              + "".join(f"{c['edges_for_0.9']} ({c['spearman']:.2f})".rjust(10) for c in cells))
 
 
 def write_edges(studies, path):

@@ -137,7 +137,7 @@ def test_without_flags_it_opens_the_demo(demo, capsys):
         assert ranked.keys() == {"exact", "EAP", "EAP-IG"} and ranked["exact"]["spearman"] == pytest.approx(1)
         assert 0 < ranked["EAP"]["spearman"] < 1 and 1 <= ranked["EAP"]["edges_for_0.9"] <= 46
     printed = capsys.readouterr().out
-    assert "What the gates of the sparse model say" in printed and "ranked by EAP-IG" in printed
+    assert "What the gates of the sparse model say" in printed and "edges_for_0.9 by EAP-IG" in printed
     assert open("out/patching-induction/copying.png", "rb").read(4) == b"\x89PNG"
 
 
