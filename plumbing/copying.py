@@ -80,7 +80,8 @@ def kinds(T):
     left, found = j <= i, {}
     for kind, pairs in {"the token before": i - j == 1, "what came next the last time": i - j == T // 2 - 1,
                         "the same token, the last time": i - j == T // 2, "itself": i == j,
-                        "the first token": j == 0, "another": j <= i}.items():
+                        "two to four before": (i - j >= 2) & (i - j <= 4), "the first token": j == 0,
+                        "another": j <= i}.items():
         found[kind] = pairs & left & ~(kind.startswith("what") & (j == 0))  # no token comes before it
         left = left & ~found[kind]
     return found

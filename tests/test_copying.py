@@ -121,8 +121,8 @@ def test_the_story_counts_the_gates():
     assert told["table"] == [[4, 0], [1, 31]]  # 36 pairs, 4 of them right
     assert told["open"] == {
         "the token before": {"a0.h1": 6}, "what came next the last time": {"a1.h0": 4},
-        "the same token, the last time": {"a1.h1": 1}, "itself": {"a1.h0": 1}, "the first token": {},
-        "another": {}}
+        "the same token, the last time": {"a1.h1": 1}, "itself": {"a1.h0": 1},
+        "two to four before": {}, "the first token": {}, "another": {}}
 
 
 def test_every_pair_is_of_one_kind():
