@@ -32,25 +32,26 @@ class Flags:
     out: str = "out/addition"  # folder for results.json, log.jsonl, models and figures
     seed: int = 0  # of the weights, the batches and the gates
     seeds: int = 1  # how many runs: seed, seed + 1, ...
-    tries: int = 6  # dense models to train and post-train; the sparsest result is kept
+    tries: int = 8  # at most so many dense models are trained and post-trained; the sparsest is kept
+    enough: float = 6.5  # a try that ends with so few open edges a problem is the last one
     n_layer: int = 2  # layers
     n_head: int = 1  # attention heads a layer
-    n_embd: int = 64  # width
-    dense_steps: int = 1500  # steps of dense training
-    steps: int = 1800  # steps of sparse post-training
+    n_embd: int = 32  # width
+    dense_steps: int = 1800  # steps of dense training
+    steps: int = 1000  # steps of sparse post-training
     gate_bias: float = 2.0  # b: open probability sigmoid(s + b)
     slack: float = 4e-3  # tau = the dense model's CE + slack, nats a digit
-    loose: float = 0.033  # the bound on CE at the start, nats a digit
+    loose: float = 0.2  # the bound on CE at the start, nats a digit
 
     def __post_init__(self):
         check(self, {"seeds tries n_layer n_head n_embd dense_steps steps": "at least 1",
-                     "slack loose": "positive", "gate_bias": "finite", "seed": "below 2^62"})
+                     "slack loose enough": "positive", "gate_bias": "finite", "seed": "below 2^62"})
         self.config()  # it has checks of its own
 
     def config(self):
         return Config(block_size=11, vocab_size=len(CHARACTERS), n_layer=self.n_layer,
                       n_head=self.n_head, n_embd=self.n_embd, causal=False, tied_head=False,
-                      gate_bias=self.gate_bias, init_std=0.125)
+                      gate_bias=self.gate_bias, init_std=0.17)
 
 
 # -----------------------------------------------------------------------------
@@ -97,10 +98,15 @@ def evaluate(model, idx, targets):
 # dense training
 
 
-def batch(step, seed, n):
-    """The numbers of this step's problems, of n: int64 (BATCH,), a function of (seed, step)."""
+def batch(step, seed, idx):
+    """The numbers of this step's problems, of idx (N, 11): int64 (BATCH,), a function of (seed, step).
+
+    Problems whose tens add up to nine come five times as often: only there a carry goes through two
+    digits. They are a tenth, and training forgets what a mean over problems hardly sees.
+    """
     generator = torch.Generator().manual_seed(fold_in(seed, step).item())
-    return torch.randint(n, (BATCH,), generator=generator)
+    chances = 1.0 + 4.0 * (idx[:, 0] + idx[:, 3] == 9)  # a digit's token is the digit
+    return torch.multinomial(chances, BATCH, replacement=True, generator=generator)
 
 
 def make_optimizer(model):
@@ -122,14 +128,23 @@ def descend(optimizer, loss, step, steps, lr):
     optimizer.step()
 
 
+def layer_0_alone(name, t):
+    """A tap: the attention of the layers above layer 0 writes nothing."""
+    return torch.zeros_like(t) if name.endswith("attn.out") and name != "h0.attn.out" else t
+
+
 def train_dense(flags, seed, idx, targets):
-    """A dense model that adds; ordinary cross-entropy."""
+    """A dense model that adds; ordinary cross-entropy.
+
+    In the first three tenths of the steps there is attention in layer 0 alone, so an answer place must
+    read its digits itself. Else sums grow at other places, and to fetch them takes more edges.
+    """
     torch.manual_seed(seed)
     model = Transformer(flags.config())
     optimizer = make_optimizer(model)
     for step in range(flags.dense_steps):
-        rows = batch(step, seed, len(idx))
-        _, ce, _ = model(idx[rows], targets[rows])
+        rows = batch(step, seed, idx)
+        _, ce, _ = model(idx[rows], targets[rows], tap=layer_0_alone if step < 0.3 * flags.dense_steps else None)
         descend(optimizer, ce, step, flags.dense_steps, lr=3e-3)
     return model
 
@@ -155,13 +170,13 @@ def train_sparse(flags, seed, dense, tau, idx, targets):
     geco = GECO(tau, kp=2, lam=1.0, lam_min=0.1, lam_max=30)
     best, fewest, trace = None, math.inf, []
     for step in range(flags.steps):
-        tight = min(1, max(0, 4 * step / flags.steps - 1))  # 0 for a quarter, 1 from the middle on
-        # width is the bound too, because that falls by a factor of eight: e = c / bound - 1
+        tight = min(1, max(0, (step / flags.steps - 0.1) / 0.6))  # from 0 to 1 between 10% and 70%
+        # width is the bound too, because that falls by a factor of fifty: e = c / bound - 1
         geco.tau = geco.width = max(flags.loose, tau) ** (1 - tight) * tau**tight
-        rows = batch(flags.dense_steps + step, seed, len(idx))
+        rows = batch(flags.dense_steps + step, seed, idx)
         gate_seeds = fold_in(fold_in(seed, step), torch.arange(BATCH))
         _, ce, edges = model(idx[rows], targets[rows], seed=gate_seeds)
-        descend(optimizer, geco.loss(edges.prob.mean(), ce), step, flags.steps, lr=1e-3)
+        descend(optimizer, geco.loss(edges.prob.mean(), ce), step, flags.steps, lr=1.5e-3)
         geco.update(ce.item())
         if (step + 1) % 100 == 0 or step + 1 == flags.steps:
             now = evaluate(model, idx, targets)
@@ -219,7 +234,8 @@ def carry_table(gates):
 def one_try(task):
     """(flags, seed, number) -> (fewest open edges, tau, trace, {"dense", "sparse": model}).
 
-    A try is a new dense model, because dense training settles which positions add.
+    A try is a new dense model, because dense training settles which positions add. Tries go on until
+    one has `enough`, on training problems: which try is kept does not depend on the held-out ones.
     """
     flags, seed, number = task
     torch.set_num_threads(1)  # tensors this small are slower on more; the tries share the cores
@@ -248,22 +264,28 @@ def results_of(seed, tries, models):
 def main(flags):
     started, per_seed, traces = time.time(), [], []
     log = Log(open_folder(flags.out), asdict(flags))
-    print(f"{flags.tries} tries a seed, 4 to 7 minutes on 2 cores; expect 99.9% exact with about 6 open edges")
+    print(f"at most {flags.tries} tries a seed, 1 to 3 minutes on 2 cores; expect 100% exact with about 6 open edges")
+    bar = tqdm(total=flags.seeds * flags.tries, desc="tries", smoothing=0)
     for seed in range(flags.seed, flags.seed + flags.seeds):
         tasks = [(flags, seed, number) for number in range(flags.tries)]
-        tries = list(tqdm(in_processes(one_try, tasks), f"seed {seed}, tries", len(tasks), smoothing=0))
-        for number, (_, _, trace, _) in enumerate(tries):
-            for point in trace:
+        tries = []
+        for number, found in enumerate(in_processes(one_try, tasks)):
+            tries.append(found)
+            bar.update()
+            for point in found[2]:
                 log.write(seed=seed, number=number, **point)
+            if found[0] <= flags.enough:
+                break
+        bar.update(flags.tries - len(tries))
         edges, _, trace, models = min(tries, key=lambda t: t[0])
         evaluations, results = results_of(seed, tries, models)
         per_seed.append(results)
         traces.append(trace)
-        print(f"seed {seed}: exact {results['exact']:.2%}, held out {results['exact_heldout']:.2%}, "
-              f"dense {results['dense_exact']:.2%}; {results['mean_open_edges']:.2f} of "
-              f"{results['allowed_edges']} edges open a problem")
+        bar.write(f"seed {seed}: exact {results['exact']:.2%}, held out {results['exact_heldout']:.2%}, "
+                  f"dense {results['dense_exact']:.2%}; {results['mean_open_edges']:.2f} of "
+                  f"{results['allowed_edges']} edges open a problem, after {len(tries)} tries")
         if edges == math.inf:
-            print(f"seed {seed}: no state qualified, this is the last one; more --tries may help")
+            bar.write(f"seed {seed}: no state qualified, this is the last one; more --tries may help")
         if seed == flags.seed:
             for name, model in models.items():
                 model.save_checkpoint(f"{flags.out}/{name}.pt")
@@ -272,6 +294,7 @@ def main(flags):
         worst = {key: (max if "edges" in key else min)(r[key] for r in per_seed) for key in
                  ("exact", "exact_heldout", "dense_exact", "mean_open_edges", "allowed_edges")}
         path = write_results(flags.out, started, summary="the worst of the seeds", **worst, per_seed=per_seed)
+    bar.close()
     print("\n  ".join([f"the circuit of seed {flags.seed}", *per_seed[0]["circuit"]]))
     for edge, cases in per_seed[0]["carry_table"].items():
         yes, no = (f"{c['reads']} of {sum(c.values())}" for c in cases.values())
