@@ -33,7 +33,7 @@ class Flags:
     seed: int = 0  # of the weights, the batches and the gates
     seeds: int = 1  # how many runs: seed, seed + 1, ...
     tries: int = 8  # at most so many dense models are trained and post-trained; the sparsest is kept
-    enough: float = 6.5  # a try that ends with so few open edges a problem is the last one
+    enough: float = 7.0  # a try that ends with so few open edges a problem is the last one
     n_layer: int = 2  # layers
     n_head: int = 1  # attention heads a layer
     n_embd: int = 32  # width

@@ -36,11 +36,47 @@ def test_every_problem_is_there_once_with_its_answer():
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    assert torch.equal(toy.batch(4, 0, 9000), toy.batch(4, 0, 9000))
-    assert not torch.equal(toy.batch(4, 0, 9000), toy.batch(5, 0, 9000))
-    assert not torch.equal(toy.batch(4, 0, 9000), toy.batch(4, 1, 9000))
-    drawn = torch.cat([toy.batch(step, 3, 9000) for step in range(400)])
-    assert drawn.min() >= 0 and drawn.max() < 9000 and len(drawn.unique()) > 8900
+    idx = toy.problems()[0][~toy.HELD_OUT]
+    assert torch.equal(toy.batch(4, 0, idx), toy.batch(4, 0, idx))
+    assert not torch.equal(toy.batch(4, 0, idx), toy.batch(5, 0, idx))
+    assert not torch.equal(toy.batch(4, 0, idx), toy.batch(4, 1, idx))
+    drawn = torch.cat([toy.batch(step, 3, idx) for step in range(400)])
+    assert drawn.min() >= 0 and drawn.max() < 9000 and len(drawn.unique()) > 8800
+
+
+def test_problems_whose_tens_add_up_to_nine_come_five_times_as_often():
+    idx = toy.problems()[0]
+    drawn = idx[torch.cat([toy.batch(step, 1, idx) for step in range(400)])]
+    nine = [Digits().decode(row)[0::3][:2] for row in drawn.tolist()]
+    share = sum(int(x) + int(y) == 9 for x, y in nine) / len(nine)
+    assert share == pytest.approx(5 / 14, abs=0.01)  # a tenth of the problems: .5 of .5 + .9
+
+
+def test_layer_0_alone_is_a_model_whose_upper_attention_writes_nothing():
+    model, idx = tiny(sparse=False), toy.problems()[0][::997]
+    alone, whole = model(idx, tap=toy.layer_0_alone)[0], model(idx)[0]
+    with torch.no_grad():
+        for p in model.h[1].attn.c_proj.parameters():
+            p.zero_()
+    torch.testing.assert_close(alone, model(idx)[0])
+    assert (alone - whole).abs().max() > 1e-3
+
+
+def test_the_tries_end_with_one_that_is_good_enough(tmp_path, monkeypatch):
+    idx, targets = toy.problems()
+    models = {"dense": tiny(sparse=False), "sparse": tiny()}
+    trace = [{"step": 1, "bound": 1.0, "ce_sampled": 1.0, "ce": 1.0, "lam": 1.0, "exact": 0.5, "edges": 9.0, "kept": 9.0}]
+    edges, asked = [9.0, float("inf"), 6.4, 3.0], []
+
+    def one_try(task):
+        asked.append(task[1:])
+        return edges[task[2]], 0.1, trace, models
+
+    monkeypatch.setattr(toy, "one_try", one_try)
+    monkeypatch.setattr(toy, "in_processes", map)
+    toy.main(toy.Flags(seeds=2, tries=4, out=str(tmp_path)))
+    assert asked == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert [r["tries"] for r in json.load(open(tmp_path / "results.json"))["per_seed"]] == [[9.0, None, 6.4]] * 2
 
 
 def test_a_seed_decides_the_whole_try():
@@ -174,7 +210,7 @@ def short_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(toy, "train_dense", dense)
         patch.setattr(toy, "train_sparse", sparse)
-        toy.main(toy.Flags(dense_steps=450, tries=1, steps=200, loose=1.0, out=str(folder)))
+        toy.main(toy.Flags(n_embd=64, dense_steps=450, tries=1, steps=200, loose=1.0, out=str(folder)))
     return folder, printed.getvalue(), problems
 
 
