@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing import copying, figures, tokens
+from plumbing import copying, figures, page, tokens
 from plumbing.flags import replace_text
 from plumbing.tasks import CHARACTERS
 
@@ -414,11 +414,13 @@ def draw(studies, task, tok, results):
     maps = {name: study.do.attention_maps(study.model, clean) for name, study in studies.items()}
     before, after = maps["sparse"][0], sparse.do.attention_maps(sparse.model, corrupt[:1])[0]
     results["token_graph"] = count_gates(before, after, sparse.model.config.causal)
-    scores = sparse.do.token_edges(sparse.model, clean[:1], corrupt[:1],
-                                   lambda logits: task.metric(logits, slice(0, 1)))
-    strength = scores[0].abs().sum(1).cpu().where((before + after).sum(1) > 0, torch.nan)
+    scores = {name: study.do.token_edges(study.model, clean[:1], corrupt[:1],
+                                         lambda logits: task.metric(logits, slice(0, 1)))[0].cpu()
+              for name, study in studies.items()}
+    strength = scores["sparse"].abs().sum(1).where((before + after).sum(1) > 0, torch.nan)
     labels, first = [tok.decode([i]) for i in clean[0].tolist()], {name: m[0] for name, m in maps.items()}
     pictures = figures.draw_studies(flags.out, studies, results, first, strength, labels)
+    pictures.append(page.write(os.path.join(flags.out, "circuit.html"), studies, task, tok, first, scores))
     if task.name == "induction":
         context = min(128, sparse.model.config.block_size)
         text = tokens.Blocks(tokens.python_docs(tok)["test"], context).evenly(64)

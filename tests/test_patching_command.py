@@ -64,6 +64,9 @@ def test_it_writes_results_edges_and_figures(pair, tmp_path, capsys):
     assert sum(float(row[name]) != 0 for row in rows for name in ("dense", "sparse")) > 46
     for name in ("heads", "edges", "circuits", "attention", "circuit_heads", "tokens"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    html = (tmp_path / "out" / "circuit.html").read_text()
+    edges = json.loads(html.split('id="data">')[1].split("</script")[0])["models"]["sparse"]["edges"]
+    assert len(edges) == results["token_graph"]["open in both"] + results["token_graph"]["closes"] > 0
     printed = capsys.readouterr().out
     assert "edges_for_0.9_cumulative" in printed and "dense: accuracy 0.0%" in printed
 
