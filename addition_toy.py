@@ -22,6 +22,7 @@ from tqdm import tqdm
 from geco import GECO
 from model import Config, Transformer
 from plumbing import figures
+from plumbing.addition import carry_table, describe
 from plumbing.flags import Log, check, in_processes, open_folder, run, write_results
 from plumbing.tasks import ANSWER, CHARACTERS, problems
 from sparse import fold_in, gate_map
@@ -189,45 +190,6 @@ def train_sparse(flags, seed, dense, tau, idx, targets):
 
 
 # -----------------------------------------------------------------------------
-# what the circuit does, from its gates on all 10,000 problems
-
-NAMES = ["x tens", "x units", "+", "y tens", "y units", "=", "answer 1", "answer 2", "hundreds",
-         "tens", "units"]
-HUNDREDS, TENS, UNITS = 8, 9, 10
-
-
-def describe(gates):
-    """In words, from gates (N, n_layer, n_head, 11, 11): who reads what, in how many problems."""
-    lines, shares = [], gates.any(2).double().mean(0)  # (n_layer, 11, 11)
-    for l, i in (shares >= 0.005).any(-1).nonzero().tolist():
-        sources = sorted(zip(shares[l, i].tolist(), range(11)), reverse=True)
-        reads = [f"{NAMES[j]} {share:.1%}" for share, j in sources if share >= 0.005]
-        lines.append(f"layer {l}: {NAMES[i]} reads {', '.join(reads)}")
-    return lines
-
-
-def carry_table(gates):
-    """In how many problems do the tens and the hundreds read another position above layer 0?
-
-    {"tens <- units": {carry, no_carry: {reads, does_not}}, ...} from gates (10000, n_layer, n_head,
-    11, 11). Layer 0 can only read digits; the carries, which it finds, can be read above it. Listed
-    are the reads of lower digits, and others that occur in 0.5% of the problems. The carry is the
-    one out of the units if the units are read or the tens read, else the one into the hundreds.
-    """
-    x, y = torch.arange(10000) // 100, torch.arange(10000) % 100
-    into_tens, into_hundreds = x % 10 + y % 10 >= 10, x + y >= 100
-    above, table = gates[:, 1:].flatten(1, 2).any(1), {}  # (10000, 11, 11)
-    for i, j in ((i, j) for i in (TENS, HUNDREDS) for j in reversed(range(11)) if i != j):
-        reads, lower_digit = above[:, i, j], j > i
-        carry = into_tens if i == TENS or j == UNITS else into_hundreds
-        if lower_digit or reads.double().mean() >= 0.005:
-            table[f"{NAMES[i]} <- {NAMES[j]}"] = {
-                key: {"reads": int((reads & rows).sum()), "does_not": int((~reads & rows).sum())}
-                for key, rows in (("carry", carry), ("no_carry", ~carry))}
-    return table
-
-
-# -----------------------------------------------------------------------------
 # the whole run
 
 
@@ -245,6 +207,20 @@ def one_try(task):
     tau = evaluate(dense, idx, targets).ce + flags.slack
     sparse, edges, trace = train_sparse(flags, seed, dense, tau, idx, targets)
     return edges, tau, trace, {"dense": dense, "sparse": sparse}
+
+
+def run_tries(flags, seed, log, bar):
+    """The tries of a seed, side by side, one a core, until one of them has few enough open edges."""
+    tries, tasks = [], [(flags, seed, number) for number in range(flags.tries)]
+    for number, found in enumerate(in_processes(one_try, tasks)):
+        tries.append(found)
+        bar.update()
+        for point in found[2]:
+            log.write(seed=seed, number=number, **point)
+        if found[0] <= flags.enough:
+            break
+    bar.update(flags.tries - len(tries))
+    return tries
 
 
 def results_of(seed, tries, models):
@@ -265,36 +241,26 @@ def main(flags):
     started, per_seed, traces = time.time(), [], []
     log = Log(open_folder(flags.out), asdict(flags))
     print(f"at most {flags.tries} tries a seed, 1 to 3 minutes on 2 cores; expect 100% exact with about 6 open edges")
-    bar = tqdm(total=flags.seeds * flags.tries, desc="tries", smoothing=0)
-    for seed in range(flags.seed, flags.seed + flags.seeds):
-        tasks = [(flags, seed, number) for number in range(flags.tries)]
-        tries = []
-        for number, found in enumerate(in_processes(one_try, tasks)):
-            tries.append(found)
-            bar.update()
-            for point in found[2]:
-                log.write(seed=seed, number=number, **point)
-            if found[0] <= flags.enough:
-                break
-        bar.update(flags.tries - len(tries))
-        edges, _, trace, models = min(tries, key=lambda t: t[0])
-        evaluations, results = results_of(seed, tries, models)
-        per_seed.append(results)
-        traces.append(trace)
-        bar.write(f"seed {seed}: exact {results['exact']:.2%}, held out {results['exact_heldout']:.2%}, "
-                  f"dense {results['dense_exact']:.2%}; {results['mean_open_edges']:.2f} of "
-                  f"{results['allowed_edges']} edges open a problem, after {len(tries)} tries")
-        if edges == math.inf:
-            bar.write(f"seed {seed}: no state qualified, this is the last one; more --tries may help")
-        if seed == flags.seed:
-            for name, model in models.items():
-                model.save_checkpoint(f"{flags.out}/{name}.pt")
-            figures.draw_additions(evaluations, f"{flags.out}/circuits.png")
-        figures.draw_addition_training(traces, per_seed, f"{flags.out}/training.png")
-        worst = {key: (max if "edges" in key else min)(r[key] for r in per_seed) for key in
-                 ("exact", "exact_heldout", "dense_exact", "mean_open_edges", "allowed_edges")}
-        path = write_results(flags.out, started, summary="the worst of the seeds", **worst, per_seed=per_seed)
-    bar.close()
+    with tqdm(total=flags.seeds * flags.tries, desc="tries", smoothing=0) as bar:
+        for seed in range(flags.seed, flags.seed + flags.seeds):
+            tries = run_tries(flags, seed, log, bar)
+            edges, _, trace, models = min(tries, key=lambda t: t[0])
+            evaluations, results = results_of(seed, tries, models)
+            per_seed.append(results)
+            traces.append(trace)
+            bar.write(f"seed {seed}: exact {results['exact']:.2%}, held out {results['exact_heldout']:.2%}, "
+                      f"dense {results['dense_exact']:.2%}; {results['mean_open_edges']:.2f} of "
+                      f"{results['allowed_edges']} edges open a problem, after {len(tries)} tries")
+            if edges == math.inf:
+                bar.write(f"seed {seed}: no state qualified, this is the last one; more --tries may help")
+            if seed == flags.seed:
+                for name, model in models.items():
+                    model.save_checkpoint(f"{flags.out}/{name}.pt")
+                figures.draw_additions(evaluations, f"{flags.out}/circuits.png")
+            figures.draw_addition_training(traces, per_seed, f"{flags.out}/training.png")
+            worst = {key: (max if "edges" in key else min)(r[key] for r in per_seed) for key in
+                     ("exact", "exact_heldout", "dense_exact", "mean_open_edges", "allowed_edges")}
+            path = write_results(flags.out, started, summary="the worst of the seeds", **worst, per_seed=per_seed)
     print("\n  ".join([f"the circuit of seed {flags.seed}", *per_seed[0]["circuit"]]))
     for edge, cases in per_seed[0]["carry_table"].items():
         yes, no = (f"{c['reads']} of {sum(c.values())}" for c in cases.values())

@@ -10,6 +10,7 @@ import torch
 
 import addition_toy as toy
 from model import Config, Transformer
+from plumbing import addition
 from plumbing.flags import in_processes, parse, run
 from plumbing.tasks import Digits
 
@@ -144,17 +145,17 @@ def test_words_and_table_of_a_circuit_made_by_hand():
     """Layer 0: units read both units. Layer 1: tens read the units when there is a carry."""
     x, y = torch.arange(10000) // 100, torch.arange(10000) % 100
     gates = torch.zeros(10000, 2, 1, 11, 11, dtype=torch.bool)
-    gates[:, 0, 0, toy.UNITS, [1, 4]] = True
-    gates[x % 10 + y % 10 >= 10, 1, 0, toy.TENS, toy.UNITS] = True
-    gates[:, 1, 0, toy.HUNDREDS, toy.HUNDREDS] = True  # reading oneself is not reading a carry
-    assert toy.describe(gates) == [
+    gates[:, 0, 0, addition.UNITS, [1, 4]] = True
+    gates[x % 10 + y % 10 >= 10, 1, 0, addition.TENS, addition.UNITS] = True
+    gates[:, 1, 0, addition.HUNDREDS, addition.HUNDREDS] = True  # reading oneself is not reading a carry
+    assert addition.describe(gates) == [
         "layer 0: units reads y units 100.0%, x units 100.0%",
         "layer 1: hundreds reads hundreds 100.0%",
         "layer 1: tens reads units 45.0%",
     ]
-    gates[:, 1, 0, toy.TENS, 6] = y < 10  # a detour, in a tenth
-    gates[x + y >= 100, 1, 0, toy.HUNDREDS, 0] = True
-    table = toy.carry_table(gates)
+    gates[:, 1, 0, addition.TENS, 6] = y < 10  # a detour, in a tenth
+    gates[x + y >= 100, 1, 0, addition.HUNDREDS, 0] = True
+    table = addition.carry_table(gates)
     assert table == {
         "tens <- units": {"carry": {"reads": 4500, "does_not": 0},
                           "no_carry": {"reads": 0, "does_not": 5500}},
@@ -210,7 +211,7 @@ def short_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(toy, "train_dense", dense)
         patch.setattr(toy, "train_sparse", sparse)
-        toy.main(toy.Flags(n_embd=64, dense_steps=450, tries=1, steps=200, loose=1.0, out=str(folder)))
+        toy.main(toy.Flags(dense_steps=800, tries=1, steps=300, loose=1.0, out=str(folder)))
     return folder, printed.getvalue(), problems
 
 
@@ -220,13 +221,13 @@ def test_a_short_run_learns_and_writes_everything(short_run):
     results = json.load(open(folder / "results.json"))
     assert results["dense_exact"] > 0.9
     assert results["exact"] > 0.2  # far from done; guessing gives 0.01
-    assert results["mean_open_edges"] < 40 < results["allowed_edges"] == 242
+    assert results["mean_open_edges"] < 80 < results["allowed_edges"] == 242
     [seed] = results["per_seed"]
     assert seed["exact"] == results["exact"] and seed["tries"] == [None]
     assert {"exact_heldout", "circuit", "carry_table", "tau"} <= seed.keys()
     assert "no state qualified" in printed and all(line in printed for line in seed["circuit"])
     lines = [json.loads(line) for line in open(folder / "log.jsonl")]
-    assert [line["step"] for line in lines[1:]] == [100, 200] and lines[2]["bound"] == pytest.approx(seed["tau"])
+    assert [line["step"] for line in lines[1:]] == [100, 200, 300] and lines[3]["bound"] == pytest.approx(seed["tau"])
     for name in ("circuits.png", "training.png", "dense.pt", "sparse.pt"):
         assert os.path.getsize(folder / name) > 1000
     e = toy.evaluate(Transformer.from_pretrained(str(folder / "sparse.pt")), *toy.problems())
