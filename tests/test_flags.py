@@ -38,6 +38,17 @@ def test_every_way_of_writing_a_flag():
     assert flags.parse(Example, ["--data-dir", "x"]).data_dir == "x"
 
 
+def test_words_that_are_no_flags():
+    @dataclass
+    class Words:
+        what: tuple = ()  # which
+        out: str = "out"  # where
+
+    assert flags.parse(Words, []) == Words() and flags.parse(Words, []).given == set()
+    for argv in (["a", "b", "--out", "x"], ["--out=x", "a", "b"]):
+        assert list(flags.parse(Words, argv).what) == ["a", "b"] and flags.parse(Words, argv).out == "x"
+
+
 def test_help_shows_every_comment_and_default(capsys):
     with pytest.raises(SystemExit) as stop:
         flags.parse(Example, ["--help"])
