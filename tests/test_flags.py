@@ -77,6 +77,8 @@ def test_bad_flags_are_value_errors(argv, message):
      ("addition_toy --tries 0", "--tries"), ("addition_toy --triez 5", "did you mean --tries"),
      ("addition_toy --slack 0", "--slack"), ("addition_toy --n-head 3", "n_head 3"),
      ("addition_toy --out /proc/nowhere", "output folder"), ("model --tokens 0", "--tokens must be at least 1"),
+     ("plumbing.assets --out x", "no asset is named"),
+     ("plumbing.assets news newz", "no asset 'newz': give some of smollm2, news"),
      ("model --init nowhere", "no file or folder here"), ("geco --out /proc/nowhere", "output folder")]
 )
 def test_scripts_end_bad_input_with_one_line_and_code_2(command, message, monkeypatch, capsys):
