@@ -36,9 +36,9 @@ class Parser(argparse.ArgumentParser):
 def parse(flags, argv=None, doc=None):
     """An instance of the dataclass `flags` from the command line: --lr 1, --lr=1, --no-compile.
 
-    A flag of type `int | None` (or float, str) is None until given. The names of those that were given
-    are the result's attribute `given`, because a value may be given that is the default. Bad input:
-    ValueError.
+    A flag of type `int | None` (or float, str) is None until given; a field of type tuple holds the words
+    that are no flags. The names of those that were given are the result's attribute `given`, because a
+    value may be given that is the default. Bad input: ValueError.
     """
     parser = Parser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,6 +48,9 @@ def parse(flags, argv=None, doc=None):
         kind, name = kinds[field.name], "--" + field.name.replace("_", "-")
         if isinstance(kind, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        if kind is tuple:
+            parser.add_argument(field.name, nargs="*", metavar="NAME", help=helps.get(field.name, ""))
+            continue
         note = f"{helps.get(field.name, '')} [{field.default}]".replace("%", "%%")
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         if kind is not bool:

@@ -258,15 +258,21 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         return new
 
 
-def connect(url, start):
-    """GET url from byte start on -> response, its first byte, {sizes of the whole file}, tag, commit."""
-    token, redirects, context = access_token(), Redirects(), ssl.create_default_context()
+def certificates():
+    """The ssl context of a request: the machine's certificates, or SSL_CERT_FILE's, and certifi's."""
+    context = ssl.create_default_context()
     if certifi:
         context.load_verify_locations(certifi.where())
+    return context
+
+
+def connect(url, start):
+    """GET url from byte start on -> response, its first byte, {sizes of the whole file}, tag, commit."""
+    token, redirects = access_token(), Redirects()
     headers = {"User-Agent": "sparse-attention"}
     headers |= {"Authorization": f"Bearer {token}"} if token else {}
     headers |= {"Range": f"bytes={start}-"} if start else {}
-    opener = urllib.request.build_opener(redirects, urllib.request.HTTPSHandler(context=context))
+    opener = urllib.request.build_opener(redirects, urllib.request.HTTPSHandler(context=certificates()))
     response = opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     answer, at_home = response.headers, urlsplit(response.url)[:2] == urlsplit(url)[:2]
     redirects.listen(answer)

@@ -38,6 +38,17 @@ def test_every_way_of_writing_a_flag():
     assert flags.parse(Example, ["--data-dir", "x"]).data_dir == "x"
 
 
+def test_words_that_are_no_flags():
+    @dataclass
+    class Words:
+        what: tuple = ()  # which
+        out: str = "out"  # where
+
+    assert flags.parse(Words, []) == Words() and flags.parse(Words, []).given == set()
+    for argv in (["a", "b", "--out", "x"], ["--out=x", "a", "b"]):
+        assert list(flags.parse(Words, argv).what) == ["a", "b"] and flags.parse(Words, argv).out == "x"
+
+
 def test_help_shows_every_comment_and_default(capsys):
     with pytest.raises(SystemExit) as stop:
         flags.parse(Example, ["--help"])
@@ -66,6 +77,8 @@ def test_bad_flags_are_value_errors(argv, message):
      ("addition_toy --tries 0", "--tries"), ("addition_toy --triez 5", "did you mean --tries"),
      ("addition_toy --slack 0", "--slack"), ("addition_toy --n-head 3", "n_head 3"),
      ("addition_toy --out /proc/nowhere", "output folder"), ("model --tokens 0", "--tokens must be at least 1"),
+     ("plumbing.assets --out x", "no asset is named"),
+     ("plumbing.assets news newz", "no asset 'newz': give some of smollm2, news"),
      ("model --init nowhere", "no file or folder here"), ("geco --out /proc/nowhere", "output folder")]
 )
 def test_scripts_end_bad_input_with_one_line_and_code_2(command, message, monkeypatch, capsys):

@@ -76,7 +76,7 @@ def test_gpt2_without_its_files_says_what_to_do(monkeypatch):
 def gpt2_files(monkeypatch):
     assets = os.environ.get("SPARSE_ASSETS")
     if not assets:
-        pytest.skip("set SPARSE_ASSETS to the folder that get.py wrote")
+        pytest.skip("set SPARSE_ASSETS to the folder that plumbing.assets wrote")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(assets, "tiktoken"))
 
 
