@@ -85,6 +85,7 @@ def memory(model, flags, world, half, context, per_sequence):
     root = n - config.n_layer * block
     batch = max(1, flags.batch_size // world)
     loss = loss_bytes(config, batch * context, half, head_trains=trained == n)
+    loss -= 4 * config.vocab_size * config.n_embd * (trained == n)  # the gradient is in "gathered" already
     return {
         "weights": 4 * n // world,
         "gradients": 4 * trained // world,
