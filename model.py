@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from plumbing import files
+from plumbing.chunked_loss import cross_entropy
 from plumbing.flags import check, run
 from plumbing.tokens import name_for, tokenizer
 from plumbing.weights import check_fields, check_names, read_model, scale_rope, write_model
@@ -161,8 +162,8 @@ class Transformer(nn.Module):
             std = self.config.init_std / math.sqrt(2 * self.config.n_layer)
             nn.init.normal_(module.c_proj.weight, std=std)
 
-    def forward(self, idx, targets=None, seed=None, tap=None):
-        """idx (B, T) int64 -> logits (B, T, vocab_size), loss, edges.
+    def forward(self, idx, targets=None, seed=None, tap=None, logits=True):
+        """idx (B, T) int64 -> logits (B, T, vocab_size), or None if they are not wanted, loss, edges.
 
         targets (B, T) int64, -1 is ignored: loss is the mean cross-entropy in nats, else None. seed
         as in gated_attention; each layer draws its own noise. edges is an Edges, or None if dense.
@@ -188,13 +189,10 @@ class Transformer(nn.Module):
             else:
                 x, edges_l = block(*inputs)
             edges.append(edges_l)
-        logits = self.lm_head(self.ln_f((tap or untapped)("final", x)))
-        loss = None
-        if targets is not None:
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-            loss = F.cross_entropy(wide, targets.flatten(), ignore_index=-1)
+        x = self.ln_f((tap or untapped)("final", x))
+        loss = None if targets is None else cross_entropy(x, self.lm_head.weight, targets)
         edges = Edges(*(torch.stack(share) for share in zip(*edges))) if config.sparse else None
-        return logits, loss, edges
+        return self.lm_head(x) if logits else None, loss, edges
 
     @classmethod
     def from_pretrained(cls, name_or_path, adapter=None, **overrides):

@@ -68,7 +68,6 @@ class Flags:
     dtype: str = "auto"  # float32 or bfloat16 autocast; auto: bfloat16 on CUDA
     fsdp: bool = False  # shard over the processes of torchrun
     recompute: bool = False  # activation checkpointing: less memory, a third more time
-    compile: bool = False  # torch.compile, a slow start for faster steps
     eval_every: int = 200  # steps between evaluations, checkpoints and figures
     sitting: int | None = None  # stop after this many steps; --resume goes on
     dry_run: bool = False  # only print parameters and memory per rank
@@ -91,8 +90,7 @@ class Flags:
                 (self.bound == "kl" and not self.slack, "--bound kl needs a --slack above 0"),
                 (self.lora and self.init == "scratch", "--lora needs a trained --init"),
                 (self.lora and self.adapter, "--lora begins new adapters: give no --adapter, or --resume a run"),
-                (self.dry_run and self.init == "scratch", "--dry-run needs an --init: a name, folder or file"),
-                (self.fsdp and self.compile, "--compile and --fsdp do not work together here: give one")):
+                (self.dry_run and self.init == "scratch", "--dry-run needs an --init: a name, folder or file")):
             if wrong:
                 raise ValueError(message)
 
@@ -132,7 +130,10 @@ def build(flags, config, named, device, half):
     if flags.lora:
         named = named | lora.add(model, flags.lora, flags.seed)
     model.recompute = flags.recompute
-    return fsdp.shard(model, named, device, half) if flags.fsdp else model.load_weights(named).to(device)
+    if flags.fsdp:
+        return fsdp.shard(model, named, device, half)
+    model = model.load_weights(named).to(device)
+    return lora.halve(model) if flags.lora and half else model
 
 
 def learning_rate(step, flags):
@@ -164,7 +165,8 @@ def evaluate(model, blocks, batch_size, amp, teacher=None, sampled=False):
         rows = rows if len(rows) else torch.tensor([0])  # all ranks must run, to gather the weights
         idx, targets = (x[rows].to(device) for x in blocks)
         with amp():
-            logits, ce, edges = model(idx, targets, seed=fold_in(-1, rows) if sampled else None)
+            seeds = fold_in(-1, rows) if sampled else None
+            logits, ce, edges = model(idx, targets, seed=seeds, logits=teacher is not None)
             kl = divergence(teacher, logits, idx) if teacher else ce
         found = [ce, kl] + ([] if edges is None else edges.open.flatten().tolist())
         totals = totals + share * torch.tensor(found, dtype=torch.float64)
@@ -207,7 +209,7 @@ def train(flags, saved=None, bar=None):
         apart = {name: t.clone() for name, t in named.items()}  # training changes `named` in place
         teacher = build(replace(flags, lora=0), replace(config, sparse=False), apart, device, half)
     measure = partial(evaluate, batch_size=flags.batch_size, amp=amp)
-    copies = partial(copying.accuracy, tok=tok, context=context if flags.repeat else 0)
+    copies = partial(copying.accuracy, tok=tok, context=context if flags.repeat else 0, amp=amp)
     if saved:
         dense, best, trace = (saved[name] for name in ("dense", "best", "trace"))
     else:
@@ -237,7 +239,7 @@ def train(flags, saved=None, bar=None):
         run.begin(tokenizer)
         save(0, best=best, trace=trace)
     run.announce(model, dense["val"], tau(flags.steps))
-    forward = torch.compile(model) if flags.compile else model
+    forward = partial(model, logits=teacher is not None)  # they cost memory, and only a divergence needs them
     size = flags.batch_size // fsdp.world()  # sequences of this rank at a time
 
     for step in run.steps():
@@ -273,7 +275,7 @@ def train(flags, saved=None, bar=None):
             rows = torch.arange(first, first + size) % len(fixed["val"][0])  # those that tau is from, in turn
             idx, targets = (x[rows].to(device) for x in fixed["val"])
             with torch.no_grad(), amp():
-                logits, ce, _ = model(idx, targets)  # deterministic gates, as they will be used
+                logits, ce, _ = forward(idx, targets)  # deterministic gates, as they will be used
                 constraint = divergence(teacher, logits, idx) if teacher else ce
             constraint = fsdp.mean([constraint])[0]  # so that lambda is the same on every rank
             run.require_finite(step + 1, held_out_loss=constraint)

@@ -6,6 +6,8 @@ one task that a small model learns from any text, if pieces of the text come aga
 reads the token before, and the induction head looks for the token whose predecessor is like this one.
 """
 
+import contextlib
+
 import numpy as np
 import torch
 
@@ -48,16 +50,18 @@ def log_uniform(random, low, high):
 
 
 @torch.no_grad()
-def accuracy(model, tok, context, n=64, tap=None):
+def accuracy(model, tok, context, n=64, tap=None, amp=contextlib.nullcontext):
     """{period: share of tokens copied right} on random tokens that come twice, n prompts a period.
 
-    The first token of the second time is not asked for: nothing says that it comes again.
+    The first token of the second time is not asked for: nothing says that it comes again. amp: makes the
+    autocast in which a model with bfloat16 weights runs.
     """
     found = {}
     for period in PERIODS:
         if 2 * period <= context:
             prompts = tasks.make("induction", tok, n, seed=period, length=period).clean
-            logits = model(prompts.to(model.wte.weight.device), tap=tap)[0][:, -period:-1]
+            with amp():
+                logits = model(prompts.to(model.wte.weight.device), tap=tap)[0][:, -period:-1]
             found[period] = (logits.argmax(-1).cpu() == prompts[:, -period + 1:]).float().mean().item()
     return found
 

@@ -1,6 +1,7 @@
 """Command lines from dataclasses, one-line errors, and the result files every script writes."""
 
 import argparse
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -93,6 +94,7 @@ def pick_device(device):
 def run(main, flags, doc=None):
     """main(flags from the command line); what the user can mend ends in one line and exit code 2."""
     commit()  # of the code as it is now, not when the results are written
+    keep_memory()
     try:
         main(parse(flags, doc=doc))
     except (ValueError, OSError) as error:
@@ -105,6 +107,16 @@ def run(main, flags, doc=None):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("\nstopped")
+
+
+def keep_memory():
+    """Let glibc keep what is freed: it returns large tensors to the system, which clears every page that
+    it hands out again, a tenth to a third of a training step on a CPU. Elsewhere nothing happens."""
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap as well
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+        mallopt(-2, 2**26)  # M_TOP_PAD: it grows by 64 MiB at least
 
 
 def in_processes(function, tasks):

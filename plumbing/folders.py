@@ -60,8 +60,7 @@ def remove_old(folder):
 # -----------------------------------------------------------------------------
 # going on
 
-FREE = {"out", "resume", "sitting", "overwrite", "control", "device", "fsdp", "recompute", "compile",
-        "eval_every"}
+FREE = {"out", "resume", "sitting", "overwrite", "control", "device", "fsdp", "recompute", "eval_every"}
 
 
 def read_checkpoint(folder):

@@ -26,7 +26,8 @@ class Adapted(nn.Module):
         self.lora_b = nn.Parameter(self.weight.new_empty(self.weight.shape[0], rank))
 
     def forward(self, x):
-        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.lora_a), self.lora_b)
+        x = x.to(self.weight.dtype)  # once for both, where autocast would do it for each
+        return F.linear(x, self.weight, self.bias).add_(F.linear(F.linear(x, self.lora_a), self.lora_b))
 
 
 def add(model, rank, seed=0):
@@ -46,6 +47,17 @@ def add(model, rank, seed=0):
             first[name + ".lora_a"] = torch.randn(a, generator=random) / math.sqrt(a[1])
             first[name + ".lora_b"] = torch.zeros(b)
     return first
+
+
+def halve(model):
+    """Keep frozen matrices in bfloat16: autocast would cast them anew in every step, to the same numbers.
+
+    A tied head gets a matrix of its own, because the embedding stays float32.
+    """
+    for module in model.modules():
+        if isinstance(module, (Adapted, nn.Linear)) and not module.weight.requires_grad:
+            module.weight = nn.Parameter(module.weight.to(torch.bfloat16), requires_grad=False)
+    return model
 
 
 def count(model, rank):

@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from plumbing import lora
+from plumbing.chunked_loss import CHUNK
 from plumbing.flags import open_folder, write_results
 
 LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -40,6 +41,7 @@ def saved_bytes(make_model, config, context, half):
             if isinstance(layer, torch.nn.Linear):  # whose .to() fails on tensors without memory
                 for name, p in list(layer.named_parameters()):
                     setattr(layer, name, torch.nn.Parameter(p.to(torch.bfloat16)))
+        model.lm_head.weight.requires_grad_(False)  # its gradient, made in the forward pass: loss_bytes
         own = {p.untyped_storage()._cdata for p in model.parameters()}
 
         def keep(t):
@@ -49,7 +51,7 @@ def saved_bytes(make_model, config, context, half):
         idx = torch.zeros(1, context, dtype=torch.int64)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
         with autocast, saved_tensors_hooks(keep, lambda t: t):
-            model(idx, targets=idx, seed=0)
+            model(idx, targets=idx, seed=0, logits=False)
         return sum(t.untyped_storage().nbytes() for key, t in held.items() if key not in own)
 
 
@@ -57,18 +59,22 @@ def activation_bytes(make_model, config, context, half=False):
     """Peak bytes a sequence, beyond weights and gradients, of a forward and backward pass:
     (as it is, with --recompute).
 
-    What autograd saves, as found on one layer and on two, and at the end of the forward pass the
-    logits and two gradients of their float32 form. With --recompute every block keeps its input, and
-    the one that runs again all of its own.
+    What autograd saves, as found on one layer and on two. With --recompute every block keeps its
+    input, and the one that runs again all of its own.
     """
     one, two = (saved_bytes(make_model, replace(config, n_layer=n), context, half) for n in (1, 2))
     width = 2 if half else 4  # bytes a number
-    end = context * config.vocab_size * (width + 2 * 4)
-    return [one + (config.n_layer - 1) * layer + end
-            for layer in (two - one, context * config.n_embd * width)]
+    return [one + (config.n_layer - 1) * layer for layer in (two - one, context * config.n_embd * width)]
 
 
-def memory(model, flags, world, half, per_sequence):
+def loss_bytes(config, tokens, half=False, head_trains=True):
+    """Bytes of chunked_loss, when all activations are there: the logits of a chunk, and their logarithm,
+    in float32 and if half in bfloat16; the gradient of the head, and what a chunk adds to it."""
+    logits = min(CHUNK, tokens) * config.vocab_size * (2 * 4 + 2 * half)
+    return logits + 2 * 4 * config.vocab_size * config.n_embd * head_trains
+
+
+def memory(model, flags, world, half, context, per_sequence):
     """Bytes on each of `world` ranks, by purpose, of train.py's FSDP run of a model on meta."""
     config = model.config
     n = trained = sum(p.numel() for p in model.parameters())
@@ -78,14 +84,16 @@ def memory(model, flags, world, half, per_sequence):
     width = 2 if half else 4  # bytes a number of a gathered block
     root = n - config.n_layer * block
     batch = max(1, flags.batch_size // world)
+    loss = loss_bytes(config, batch * context, half, head_trains=trained == n)
+    loss -= 4 * config.vocab_size * config.n_embd * (trained == n)  # the gradient is in "gathered" already
     return {
         "weights": 4 * n // world,
         "gradients": 4 * trained // world,
         "optimizer": 8 * trained // world,
         # the root, one block and the next; the gradients of the root and of one block
         "gathered": 4 * root + width * 2 * block + (4 * root + width * block if trained == n else 0),
-        "activations": batch * per_sequence[0],
-        "activations_recompute": batch * per_sequence[1],
+        "activations": batch * per_sequence[0] + loss,
+        "activations_recompute": batch * per_sequence[1] + loss,
         "batch": batch, "parameters": n, "trained": trained}
 
 
@@ -96,7 +104,7 @@ def show(flags, make_model, config):
         model = make_model(config)
     context = flags.context or min(1024, config.block_size)
     per_sequence = activation_bytes(make_model, config, context, half)
-    rows = {world: memory(model, flags, world, half, per_sequence) for world in (1, 2, 4, 8)}
+    rows = {world: memory(model, flags, world, half, context, per_sequence) for world in (1, 2, 4, 8)}
     first, gib = rows[1], 2**30
     print(f"{flags.init}: {first['parameters']:,} parameters, {first['trained']:,} trained; "
           f"{config.n_layer} layers, {config.n_head} heads ({config.n_kv_head} key-value heads) of "

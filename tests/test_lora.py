@@ -42,6 +42,32 @@ def test_adapters_change_nothing_at_first_and_alone_are_trained(tmp_path):
     assert all((p.grad is not None) == (name in first) for name, p in model.named_parameters())
 
 
+def test_frozen_matrices_in_bfloat16_are_what_autocast_computes_with(tmp_path):
+    """halve: the same loss to the bit; adapters, norms and the embedding of a tied head stay float32.
+
+    Gradients differ by rounding, because those of a matrix and its adapter are added in bfloat16.
+    """
+    base(tmp_path)
+    idx, found = torch.randint(257, (2, 20)), []
+    for half in (False, True):
+        model, _, first = adapted(tmp_path)
+        model.load_state_dict({name: torch.full_like(t, 0.01) for name, t in first.items()}, strict=False)
+        model = lora.halve(model) if half else model
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, loss, edges = model(idx, targets=idx, seed=1)
+        (loss + edges.prob.mean()).backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+        found.append([logits, loss, edges.prob, torch.cat(gradients)])
+    assert all(torch.equal(one, two) for one, two in zip(found[0][:3], found[1]))
+    one, two = (gradient for *_, gradient in found)
+    assert (one - two).norm() < 0.02 * one.norm()
+    dtypes = {name: p.dtype for name, p in model.named_parameters(remove_duplicate=False)}
+    for name, dtype in dtypes.items():
+        frozen = name == "lm_head.weight" or name.endswith(tuple(f"{m}.weight" for m in lora.MATRICES))
+        assert dtype == (torch.bfloat16 if frozen else torch.float32), name
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == first.keys()
+
+
 @pytest.mark.parametrize("layers", ["attn", "attn mlp"])
 def test_base_and_file_are_the_trained_model(layers, tmp_path):
     """Also a file that holds adapters of the attention alone, as earlier versions wrote."""
@@ -119,6 +145,11 @@ def test_train_writes_an_adapter_that_every_script_reloads(tmp_path, monkeypatch
     merged = Transformer.from_pretrained("base", adapter[1])
     sampled = train.evaluate(merged, val, 4, NO_AUTOCAST, sampled=True)["ce"]
     assert abs(sampled - best["ce_sampled"]) < 1e-5
+
+    half = [*flags, "--lora", 2, "--steps", 4, "--slack", 0.5, "--lr", 0.01, "--dtype", "bfloat16", "--repeat", 0.5]
+    command(*half, "--out", "half")  # frozen weights in bfloat16 stay out of every file
+    assert {t.dtype for t in load_file("half/adapter.safetensors").values()} == {torch.float32}
+    assert torch.load("half/last.pt", weights_only=True)["model"].keys() == one.keys()
 
     with pytest.raises(ValueError, match="holds adapters without their base"):
         command(*flags, "--init", "whole/last.pt", "--out", "x")

@@ -142,6 +142,21 @@ def test_targets_of_minus_one_are_ignored():
     torch.testing.assert_close(loss, want)
 
 
+def test_the_loss_does_not_need_the_logits():
+    """Also for the gradient of a tied head, which is that of the embedding as well."""
+    found = []
+    for wanted in (False, True):
+        model, idx = build(GPT2)
+        logits, loss, _ = model(idx, idx, logits=wanted)
+        if wanted:
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), idx.flatten())
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters())])
+        assert (logits is not None) == wanted
+    for one, two in zip(*found):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
 def test_rotation_depends_on_distance_only():
     """q_i . k_j after RoPE is a function of i - j, and position 0 is not rotated."""
     config = Config(**LLAMA)

@@ -11,7 +11,7 @@ import torch
 import train
 from model import Config, Transformer
 from plumbing import flags
-from plumbing.plan import KNOWN, activation_bytes
+from plumbing.plan import KNOWN, activation_bytes, loss_bytes
 from plumbing.weights import read_fields
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -31,9 +31,9 @@ for kind, recompute in eval(sys.argv[1]):
         model = Transformer(Config(**kind))
         model.recompute = recompute
         idx = torch.randint(1000, (4, 256))
-        model(idx[:1, :64], targets=idx[:1, :64], seed=0)[1].backward()  # gradients are there, buffers warm
+        model(idx[:1, :64], targets=idx[:1, :64], seed=0, logits=False)[1].backward()  # gradients are there, buffers warm
         before = peak_memory()
-        logits, loss, edges = model(idx, targets=idx, seed=0)
+        _, loss, edges = model(idx, targets=idx, seed=0, logits=False)
         (loss + edges.prob.mean()).backward()
         print((peak_memory() - before) * 2**30, flush=True)
         os._exit(0)
@@ -60,7 +60,7 @@ def test_activations_are_what_a_small_model_takes():
     run = subprocess.run([sys.executable, "-c", MEASURE, repr(CASES)], env=env,
                          capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    planned = [4 * n for kind, recompute in CASES if not recompute
+    planned = [4 * n + loss_bytes(Config(**kind), 4 * 256) for kind, recompute in CASES if not recompute
                for n in activation_bytes(Transformer, Config(**kind), 256)]
     for case, plan, found in zip(CASES, planned, run.stdout.split(), strict=True):
         assert 0.8 < plan / float(found) < 1.3, (case, plan, found)
@@ -82,7 +82,8 @@ def test_the_command_prints_the_plan(tmp_path, monkeypatch, capsys):
             found.append(json.load(f)["bytes_per_rank"])
     wide, rows, adapters, dense = found
     assert rows["1"]["weights"] == 4 * n and rows["4"]["optimizer"] == 2 * n
-    assert rows["8"]["batch"] == 2 and rows["8"]["activations"] * 8 == rows["1"]["activations"]
+    assert rows["8"]["batch"] == 2
+    assert 8 * rows["8"]["activations"] > rows["1"]["activations"] > rows["8"]["activations"]
     assert rows["1"]["activations"] < wide["1"]["activations"] and rows["1"]["gathered"] < wide["1"]["gathered"]
     assert adapters["1"]["optimizer"] < rows["1"]["optimizer"] / 10
     assert dense["1"]["activations"] < rows["1"]["activations"]
