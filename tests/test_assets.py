@@ -146,7 +146,7 @@ def test_smollm2_is_the_model_that_became_the_gguf_file(registry, tmp_path, monk
 
 
 def test_the_readme_has_the_next_command():
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+    with open(os.path.join(ROOT, "RESULTS.md"), encoding="utf-8") as f:
         readme = f.read().replace(" \\\n   ", "")
     assert assets.next_command({"smollm2": "assets/smollm2-135m", "news": "assets/news.txt"}) in readme
     size = (assets.ASSETS["smollm2"].size + assets.ASSETS["news"].size) / 1e6
