@@ -469,3 +469,123 @@ def set_gate(yours, model, l, i, j):
             "an open gate lets a_ij v_j through, not v_j": logits(full(float(wanted)))})
 
 
+# -----------------------------------------------------------------------------
+# 4: copying
+
+
+@check(1)
+def right_pairs(yours):
+    for T in (12, 32):
+        found, kinds = yours(T), copying.kinds(T)
+        i, j = torch.arange(T)[:, None], torch.arange(T)
+        assert set(found) == {"previous token", "induction"}, 'return {"previous token": ..., "induction": ...}'
+        compare(found["previous token"], kinds["the token before"], {
+            "rows and columns are exchanged: the reader i is the row, and it reads j = i - 1": j - i == 1,
+            "this is the token itself": i == j})
+        compare(found["induction"], kinds["what came next the last time"], {
+            "this is the same token, the last time: its successor is what should be read": i - j == T // 2,
+            "you went one too far back: the token after the last occurrence is T/2 - 1 before i": i - j == T // 2 + 1,
+            "the last token of the first half has not come before: no edge to j = 0": i - j == T // 2 - 1,
+            "rows and columns are exchanged: the reader i is the row": kinds["what came next the last time"].T})
+
+
+@check(2)
+def table(yours, maps):
+    T = maps.shape[-1]
+    pairs, allowed = copying.kinds(T)["what came next the last time"], sparse.allowed_pairs(T, causal=True)
+    for l in range(maps.shape[1]):
+        for h in range(maps.shape[2]):
+            gates = maps[:, l, h] > 0
+            right = torch.tensor(copying.story(maps, {"previous token": (l, h), "induction": (l, h)})["table"])
+            compare(yours(gates, pairs), right, {
+                "is your count over allowed pairs only? A key j > i is neither open nor shut": right + torch.tensor(
+                    [[0, 0], [0, int((~allowed).sum())]]),
+                "these are counts of all prompts together: take the mean": right * len(gates),
+                "rows and columns are exchanged: first the right pairs, [open, shut]": right.T,
+                "these are shares: they should be numbers of pairs": right / right.sum()})
+
+
+@check(3)
+def fit(yours):
+    for numbers in ([[15.0, 1.0], [3.0, 509.0]], [[2.0, 14.0], [40.0, 472.0]], [[0.0, 16.0], [0.0, 512.0]]):
+        t = torch.tensor(numbers)
+        (a, b), (c, d) = numbers
+        mine = yours(t)
+        assert not torch.as_tensor(mine).isnan(), "there is a nan: a head with no open gate has fit 0"
+        compare(float(mine), a / (a + b + c), {
+            "this is the share of right pairs that are open: a head that opens everything gets 1": a / (a + b),
+            "this is the share of open pairs that are right: one lucky gate gets 1": a / max(a + c, 1e-9),
+            "did you count the pairs that are shut and not right? They are nearly all, and any head gets them":
+                (a + d) / (a + b + c + d), "the share of all pairs: divide by those that are open or right":
+                a / (a + b + c + d)})
+
+
+@check(4)
+def two_heads(yours, maps):
+    found, right = yours(maps > 0), copying.find_heads(maps)
+    found = {role: tuple(int(x) for x in head) for role, head in found.items()}
+    assert set(found) == set(right), 'return {"previous token": (l, h), "induction": (l, h)}'
+    exchanged = {"previous token": right["induction"], "induction": right["previous token"]}
+    assert found != exchanged, "the two roles are exchanged"
+    for role, head in right.items():
+        L, H = maps.shape[1:3]
+        flat = head[0] * H + head[1]
+        assert found[role] == head or divmod(flat, L)[::-1] != found[role], (
+            f"{role}: layer and head are exchanged, it is (l, h)")
+        most = divmod(int((maps > 0).float().sum((0, 3, 4)).argmax()), H)
+        assert found[role] == head or found[role] != most, (
+            f"{role}: this is the head with the most open gates: does your fit count the wrong ones?")
+        assert found[role] == head, (f"{role}: the weights on these edges are largest in another head, not in {found[role]}; "
+                                     "did you take the best fit over all layers and heads?")
+
+
+@check(5)
+def silence(yours, model):
+    idx = tasks.problems()[0][:6, :10] + 40  # any tokens will do
+    n_head, zero = model.config.n_head, lambda name, t, ends: 0 * t if name.endswith(ends) else t
+    for heads in ([(1, 0)], [(0, 1), (2, 2), (2, 0)]):
+        layers = tuple(f"h{l}.attn.z" for l, _ in heads)
+        names = {f"h{l}.attn.q": [h for m, h in heads if m == l] for l, _ in heads}
+
+        def without_q(name, t):
+            t = t.clone()
+            t[:, :, names.get(name, [])] = 0
+            return t
+
+        def at_positions(name, t):
+            t = t.clone()
+            for l, h in heads:
+                if name == f"h{l}.attn.z":
+                    t[:, h] = 0  # (N, T, heads, D): the second is the position
+            return t
+
+        compare(yours(model, idx, heads), model(idx, tap=copying.shut(heads))[0], {
+            "nothing has changed: does your tap return the new z?": model(idx)[0],
+            "with q = 0 the logit is 0, and s + b > 0: you have opened all gates of the head. Set z to 0": model(
+                idx, tap=without_q)[0],
+            "you have silenced all heads of the layer: z is (N, T, heads, D)": model(
+                idx, tap=lambda name, t: zero(name, t, layers))[0],
+            "you have silenced positions, not heads: z is (N, T, heads, D)": model(idx, tap=at_positions)[0],
+            "only the last head of the list is silent": model(idx, tap=copying.shut(heads[-1:]))[0],
+            "only the first head of the list is silent": model(idx, tap=copying.shut(heads[:1]))[0],
+            "you have silenced all the others": model(idx, tap=copying.shut(
+                {(l, h) for l in range(model.config.n_layer) for h in range(n_head)} - set(heads)))[0]})
+
+
+@check(6)
+def effects(yours, model, idx):
+    L, H, half = model.config.n_layer, model.config.n_head, idx.shape[1] // 2
+
+    def right(heads):
+        logits = model(idx, tap=copying.shut(heads))[0]
+        return (logits[:, half:-1].argmax(-1) == idx[:, half + 1:]).float().mean()
+
+    places = [(l, h) for l in range(L) for h in range(H)]
+    without = torch.stack([right([place]) for place in places]).view(L, H)
+    so_far = torch.stack([right(places[:n + 1]) for n in range(len(places))]).view(L, H)
+    compare(yours(model, idx), right([]) - without, {
+        "this is the share that is still right: the effect is what is lost": without,
+        "the sign is wrong: above 0 where copying suffers": without - right([]),
+        "each head alone: yours stay silent while the next one is tried": right([]) - so_far})
+
+

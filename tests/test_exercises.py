@@ -19,6 +19,7 @@ import sparse
 from addition_toy import evaluate
 from exercises import checks
 from geco import GECO
+from plumbing import copying
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "exercises").glob("[0-9]_*.py"))
@@ -86,6 +87,40 @@ def set_gate(model, idx, l, i, j, is_open):
     return model(idx, tap=tap)[0]
 
 
+def right_pairs(T):
+    kinds = copying.kinds(T)
+    return {"previous token": kinds["the token before"], "induction": kinds["what came next the last time"]}
+
+
+def table(gates, pairs):
+    others = ~pairs & sparse.allowed_pairs(len(pairs), causal=True)
+    return torch.tensor([[gates[:, p].sum() / len(gates), (~gates[:, p]).sum() / len(gates)] for p in (pairs, others)])
+
+
+def fit(table):
+    return table[0, 0] / (table.sum() - table[1, 1])
+
+
+def two_heads(gates):
+    L, H = gates.shape[1:3]
+    return {role: max(((l, h) for l in range(L) for h in range(H)), key=lambda at: fit(table(gates[:, *at], pairs)))
+            for role, pairs in right_pairs(gates.shape[-1]).items()}
+
+
+def silence(model, idx, heads):
+    return model(idx, tap=copying.shut(heads))[0]
+
+
+def share_right(logits, idx):
+    half = idx.shape[1] // 2
+    return (logits[:, half:-1].argmax(-1) == idx[:, half + 1:]).float().mean()
+
+
+def effects(model, idx):
+    whole, (L, H) = share_right(model(idx)[0], idx), (model.config.n_layer, model.config.n_head)
+    return torch.tensor([[whole - share_right(silence(model, idx, [(l, h)]), idx) for h in range(H)] for l in range(L)])
+
+
 SOLUTIONS = {
     "1_gate": dict(logits=logits, gate=lambda s, b, u: sparse.gates(s, b, u), straight_through=sparse.gates,
                    head=head, open_share=lambda s, b: torch.sigmoid(s + b).sum() / count(s), penalty_slope=slope),
@@ -96,6 +131,7 @@ SOLUTIONS = {
     "3_addition": dict(gates=lambda model, idx: evaluate(model, idx, idx).gates,
                        reads=lambda gates, l, i: gates[:, l].any(1)[:, i].double().mean(0), carry=carry,
                        carry_edge=carry_edge, set_gate=set_gate),
+    "4_copying": dict(right_pairs=right_pairs, table=table, fit=fit, two_heads=two_heads, silence=silence, effects=effects),
 }
 
 # -----------------------------------------------------------------------------
