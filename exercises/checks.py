@@ -589,3 +589,114 @@ def effects(yours, model, idx):
         "each head alone: yours stay silent while the next one is tried": right([]) - so_far})
 
 
+# -----------------------------------------------------------------------------
+# 5: edges
+
+
+@check(1)
+def writes(yours, model, idx):
+    run, a = patching.record(model, idx), patching.contributions(model, idx)
+    H, sources = model.config.n_head, patching.Graph(model.config).sources
+    for l, h in ((0, 0), (1, H - 1), (model.config.n_layer - 1, 1)):
+        z, W = run[f"h{l}.attn.z"], model.h[l].attn.c_proj.weight
+        D, b, right = z.shape[-1], model.h[l].attn.c_proj.bias, a[:, sources.index(f"a{l}.h{h}")]
+        part = slice(h * D, (h + 1) * D)
+        mistakes = {
+            "you took rows of the matrix: it is (C, heads * D), a head has columns": z[:, :, h] @ W[part],
+            "these are all heads of the layer: take the columns of one": z.flatten(2) @ W.T,
+            "these are the columns of the first head": z[:, :, h] @ W[:, :D].T,
+            "every number of the head goes through its own column: h * D to (h + 1) * D": z[:, :, h] @ W[:, h::H].T}
+        if b is not None:
+            mistakes = {"did you add the bias? It belongs to no head": right + b} | mistakes
+        compare(yours(model, run, l, h), right, mistakes)
+
+
+@check(2)
+def gradient(yours, model, idx, metric):
+    right = patching.gradients(model, idx, metric, ["final"])[0]["final"]
+    early = patching.gradients(model, idx, metric, [f"h{model.config.n_layer - 1}.mlp.in"])[0]
+    with torch.enable_grad():
+        mine = yours(model, idx, metric)
+    compare(mine, right, {
+        "you took the mean over prompts: each prompt's own gradient comes from the sum": right / len(idx),
+        "the sign is wrong": -right, "this is the gradient at the last MLP's input: it is at final": [*early.values()][0]})
+
+
+def into_logits(model, task, place):
+    """(change of what head `place` writes, dM/dx at the logits, graph, source, column)."""
+    graph = patching.Graph(model.config)
+    u, v = graph.sources.index("a{}.h{}".format(*place)), graph.column["logits"]
+    before, after = (patching.contributions(model, idx)[:, u] for idx in (task.clean, task.corrupt))
+    return after - before, patching.gradients(model, task.clean, task.metric, ["final"])[0]["final"], graph, u, v
+
+
+@check(3)
+def score(yours, model, task):
+    place = copying.find_heads(patching.attention_maps(model, task.clean))["induction"]
+    change, slope, _, u, v = into_logits(model, task, place)
+    right, (N, T, C) = patching.edge_attribution(model, task.clean, task.corrupt, task.metric)[0][u, v], change.shape
+    compare(float(yours(change, slope)), right, {
+        "this is the sum over prompts: take their mean": right * N,
+        "this is the mean over tokens and width, too: sum over those": right / (T * C),
+        "this is the mean over tokens, too: sum over them": right / T,
+        "the sign is wrong: the change is corrupt minus clean": -right,
+        "did you take absolute values? What pulls both ways cancels": (change * slope).abs().sum() / N})
+
+
+@check(4)
+def exact(yours, model, task):
+    place = copying.find_heads(patching.attention_maps(model, task.clean))["induction"]
+    change, slope, graph, u, v = into_logits(model, task, place)
+    run, one = patching.record(model, task.clean), patching.Graph(model.config)
+    one.edges &= torch.zeros_like(one.edges).index_put((torch.tensor(u), torch.tensor(v)), torch.tensor(True))
+    right = patching.exact_edges(model, one, task.clean, task.corrupt, task.metric)[u, v]
+    full, name = task.metric(model(task.clean)[0]).mean(), f"h{place[0]}.attn.out"
+    node = task.metric(patching.patch(model, task.clean, {name: run[name] + change})).mean() - full
+    with torch.no_grad():
+        without_norm = task.metric(model.lm_head(run["final"] + change)).mean() - full
+    compare(float(yours(model, run, change, task.metric)), right, {
+        "the sign is wrong: M with the patch minus M without": -right,
+        "this is M with the patch: subtract M without": right + full,
+        "the layers in between have read the change, too: only the logits should": node,
+        "this is the attribution score: run the model's end": (change * slope).sum() / len(change),
+        "where is the norm? The logits are lm_head(ln_f(x))": without_norm,
+        "this is the sum over prompts: take their mean": right * len(change)})
+
+
+@check(5)
+def most_missed(yours, scores, effects, edges):
+    gap = (effects - scores).abs().masked_fill(~edges, -1.0)
+    (u, v), place = yours(scores, effects, edges), lambda x: divmod(int(x.argmax()), x.shape[1])
+    if gap[u, v] < gap.max():
+        everywhere = (effects - scores).abs()
+        for message, wrong in {
+            "did you stay with the edges? Elsewhere no effect was measured": everywhere,
+            "this is the edge with the largest effect: ask where the score is wrong": effects.abs().masked_fill(~edges, -1),
+            "this is the edge with the largest score: ask where it is wrong": scores.abs().masked_fill(~edges, -1),
+            "did you take the absolute difference? The score can be wrong either way": (effects - scores).masked_fill(
+                ~edges, -torch.inf),
+            "this is where they differ least": -gap.masked_fill(~edges, torch.inf),
+            "did you take the absolute difference? It can be wrong either way": (scores - effects).masked_fill(
+                ~edges, -torch.inf)}.items():
+            assert (int(u), int(v)) != place(wrong), message
+        raise AssertionError(f"there the two differ by {gap[u, v]:.2f}, elsewhere by {gap.max():.2f}")
+
+
+@check(6)
+def strongest(yours, graph, scores):
+    for n in (1, 20, 60):
+        mine = yours(scores, graph.edges, n)
+        assert mine.dtype == torch.bool and mine.shape == scores.shape, "return bool (S, V), True on the edges that are kept"
+        right = circuit_report.circuit(graph, scores.abs(), n)  # without the edges that lead nowhere
+        if mine.sum() == n and not (mine & ~graph.edges).any() and torch.equal(circuit_report.prune(graph, mine), right) and (
+                scores.abs()[mine].min() >= scores.abs()[graph.edges & ~mine].max()):
+            continue
+        wrong = {name: torch.zeros_like(graph.edges) for name in ("largest", "smallest", "weakest")}
+        for kept, value in zip(wrong.values(), (scores, -scores, -scores.abs())):
+            kept.view(-1)[value.masked_fill(~graph.edges, -torch.inf).flatten().topk(n).indices] = True
+        assert not torch.equal(mine, wrong["largest"]) and not torch.equal(mine, wrong["smallest"]), (
+            "did you forget the absolute value? An edge that lowers M counts, and one that raises it, too")
+        assert not torch.equal(mine, wrong["weakest"]), "these are the weakest edges"
+        assert not (mine & ~graph.edges).any(), "some of these pairs are no edges: only where `edges` is True"
+        assert mine.sum() == n, f"{int(mine.sum())} edges are kept, it should be {n}"
+        raise AssertionError("an edge outside has a larger |score| than one inside")

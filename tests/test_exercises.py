@@ -19,6 +19,7 @@ import sparse
 from addition_toy import evaluate
 from exercises import checks
 from geco import GECO
+from patching import gradients, head_outputs
 from plumbing import copying
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -121,6 +122,26 @@ def effects(model, idx):
     return torch.tensor([[whole - share_right(silence(model, idx, [(l, h)]), idx) for h in range(H)] for l in range(L)])
 
 
+def writes(model, run, l, h):
+    return head_outputs(model.h[l], run[f"h{l}.attn.z"])[:, h]
+
+
+def exact(model, run, change, metric):
+    before, after = (metric(model.lm_head(model.ln_f(x))) for x in (run["final"], run["final"] + change))
+    return (after - before).mean()
+
+
+def most_missed(scores, effects, edges):
+    gap = (scores - effects).abs().masked_fill(~edges, -1)
+    return divmod(gap.argmax().item(), gap.shape[1])
+
+
+def strongest(scores, edges, n):
+    kept = torch.zeros_like(edges)
+    kept.view(-1)[scores.abs().where(edges, -torch.inf).flatten().topk(n).indices] = True
+    return kept
+
+
 SOLUTIONS = {
     "1_gate": dict(logits=logits, gate=lambda s, b, u: sparse.gates(s, b, u), straight_through=sparse.gates,
                    head=head, open_share=lambda s, b: torch.sigmoid(s + b).sum() / count(s), penalty_slope=slope),
@@ -132,6 +153,9 @@ SOLUTIONS = {
                        reads=lambda gates, l, i: gates[:, l].any(1)[:, i].double().mean(0), carry=carry,
                        carry_edge=carry_edge, set_gate=set_gate),
     "4_copying": dict(right_pairs=right_pairs, table=table, fit=fit, two_heads=two_heads, silence=silence, effects=effects),
+    "5_edges": dict(writes=writes, gradient=lambda model, idx, metric: gradients(model, idx, metric, ["final"])[0]["final"],
+                    score=lambda change, slope: (change * slope).sum() / len(change), exact=exact,
+                    most_missed=most_missed, strongest=strongest),
 }
 
 # -----------------------------------------------------------------------------
