@@ -62,9 +62,14 @@ def check(number):
     return decorate
 
 
+def tolerance(right):
+    """How far a right number may be off: 1e-5 of the largest one."""
+    return 1e-5 * right.abs().nan_to_num(posinf=0).max().item()
+
+
 def same(a, b):
-    a, b = torch.as_tensor(a), torch.as_tensor(b)
-    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-6, equal_nan=True)
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=tolerance(b), equal_nan=True)
 
 
 def compare(yours, right, mistakes):
@@ -75,8 +80,8 @@ def compare(yours, right, mistakes):
         for message, wrong in mistakes.items():
             assert not same(yours, wrong), message
         off = (yours.double() - right.double()).abs()
-        raise AssertionError(f"{int((~(off <= 1e-4)).sum())} of {off.numel()} numbers are wrong, "
-                             f"the worst by {off.max():.3g}")
+        wrong = ~(off <= tolerance(right.double()))  # a nan is wrong
+        raise AssertionError(f"{int(wrong.sum())} of {off.numel()} numbers are wrong, the worst by {off.max():.3g}")
 
 
 def picture(figure, name):
@@ -290,7 +295,7 @@ def update(yours):
     h, right_h = mine[:, 0], right[:, 0]
     assert not same(h, course(ema=0.0)[:, 0]), "the error is that of the average c, not of one batch's C"
     assert not same(h[1:], right_h[:-1]), "you used the old c: average first, then take the error"
-    assert not same(h[1:] - h[:-1], right_h[:-1] - right_h[1:]), "h goes down where it should go up: h + nu e"
+    assert h[0] * right_h[0] >= 0, "h goes down where it should go up: h + nu e"
     assert h.max() <= math.log(20.0) + 1e-5 and h.min() >= math.log(0.1) - 1e-5, (
         f"h reaches {h.max():.1f}: did you cut h off at h_min and h_max?")
     compare(h, right_h, {"nu is missing: h + nu e": course(nu=1.0)[:, 0]})
@@ -410,7 +415,7 @@ def set_gate(yours, model, l, i, j):
     idx = tasks.problems()[0][::97]
     open_everywhere = SimpleNamespace(config=replace(model.config, sparse=False))
 
-    def logits(change):
+    def logits(change, l):
         """Of a run in which change(z, A a, a, v) -> z replaces what the heads of layer l have read."""
         seen = {}
 
@@ -428,45 +433,47 @@ def set_gate(yours, model, l, i, j):
         z[:, i, 0] = read
         return z
 
-    def set_to(wanted):
+    def set_to(wanted, j):
         def change(z, weights, a, v):
             weights[:, i, j] = wanted * a[:, i, j]
             return put(z, (weights[:, i, None] @ v)[:, 0])
         return change
 
-    def scaled(wanted):
+    def scaled(wanted, j):
         def change(z, weights, a, v):
             weights[:, i, j] = wanted * a[:, i, j]
             return put(z, (weights[:, i, None] / weights[:, i, None].sum(-1, keepdim=True).clamp(min=1e-9) @ v)[:, 0])
         return change
 
-    def everywhere(wanted):
+    def everywhere(wanted, j):
         def change(z, weights, a, v):
             weights[:, :, j] = wanted * a[:, :, j]
             z[:, :, 0] = weights @ v
             return z
         return change
 
-    def relative(wanted):  # as if the gate had been open, or shut, before
+    def relative(wanted, j):  # as if the gate had been open, or shut, before
         def change(z, weights, a, v):
             return put(z, z[:, i, 0] + (1 if wanted else -1) * a[:, i, j, None] * v[:, j])
         return change
 
-    def full(wanted):
+    def full(wanted, j):
         def change(z, weights, a, v):
             weights[:, i, j] = wanted
             return put(z, (weights[:, i, None] @ v)[:, 0])
         return change
 
-    for wanted in (0.0, 1.0):
-        compare(yours(model, idx, l, i, j, wanted), logits(set_to(wanted)), {
-            "nothing has changed: does your tap return the new z?": model(idx)[0],
-            "this is the run with the gate " + ("shut" if wanted else "open"): logits(set_to(1 - wanted)),
-            "did you renormalise after the gate? Only the one term changes": logits(scaled(wanted)),
-            "you have shut all that i reads: take away the one term from j": logits(lambda z, *_: put(z, 0.0)),
-            "you have changed what all positions read from j: only position i should": logits(everywhere(wanted)),
-            "the gate was open in some problems already: add (is_open - A_ij) a_ij v_j": logits(relative(wanted)),
-            "an open gate lets a_ij v_j through, not v_j": logits(full(float(wanted)))})
+    # tens <- x tens in layer 0, too, because there the tens read two digits
+    for l_, j_, wanted in ((l, j, 0.0), (0, 0, 0.0), (0, 0, 1.0), (l, j, 1.0)):
+        compare(yours(model, idx, l_, i, j_, wanted), logits(set_to(wanted, j_), l_), {
+            message: logits(change, l_) for message, change in {
+                "nothing has changed: does your tap return the new z?": lambda z, *_: z,
+                "this is the run with the gate " + ("shut" if wanted else "open"): set_to(1 - wanted, j_),
+                "did you renormalise after the gate? Only the one term changes": scaled(wanted, j_),
+                "you have shut all that i reads: take away the one term from j": lambda z, *_: put(z, 0.0),
+                "you have changed what all positions read from j: only position i should": everywhere(wanted, j_),
+                "the gate was open in some problems already: add (is_open - A_ij) a_ij v_j": relative(wanted, j_),
+                "an open gate lets a_ij v_j through, not v_j": full(wanted, j_)}.items()})
 
 
 # -----------------------------------------------------------------------------
@@ -511,7 +518,6 @@ def fit(yours):
         t = torch.tensor(numbers)
         (a, b), (c, d) = numbers
         mine = yours(t)
-        assert not torch.as_tensor(mine).isnan(), "there is a nan: a head with no open gate has fit 0"
         compare(float(mine), a / (a + b + c), {
             "this is the share of right pairs that are open: a head that opens everything gets 1": a / (a + b),
             "this is the share of open pairs that are right: one lucky gate gets 1": a / max(a + c, 1e-9),
@@ -528,11 +534,8 @@ def two_heads(yours, maps):
     exchanged = {"previous token": right["induction"], "induction": right["previous token"]}
     assert found != exchanged, "the two roles are exchanged"
     for role, head in right.items():
-        L, H = maps.shape[1:3]
-        flat = head[0] * H + head[1]
-        assert found[role] == head or divmod(flat, L)[::-1] != found[role], (
-            f"{role}: layer and head are exchanged, it is (l, h)")
-        most = divmod(int((maps > 0).float().sum((0, 3, 4)).argmax()), H)
+        assert found[role] == head or found[role] != head[::-1], f"{role}: layer and head are exchanged, it is (l, h)"
+        most = divmod(int((maps > 0).sum((0, 3, 4)).argmax()), maps.shape[2])
         assert found[role] == head or found[role] != most, (
             f"{role}: this is the head with the most open gates: does your fit count the wrong ones?")
         assert found[role] == head, (f"{role}: the weights on these edges are largest in another head, not in {found[role]}; "
@@ -543,7 +546,7 @@ def two_heads(yours, maps):
 def silence(yours, model):
     idx = tasks.problems()[0][:6, :10] + 40  # any tokens will do
     n_head, zero = model.config.n_head, lambda name, t, ends: 0 * t if name.endswith(ends) else t
-    for heads in ([(1, 0)], [(0, 1), (2, 2), (2, 0)]):
+    for heads in ([(0, 1), (2, 2), (2, 0)], [(1, 0)]):
         layers = tuple(f"h{l}.attn.z" for l, _ in heads)
         names = {f"h{l}.attn.q": [h for m, h in heads if m == l] for l, _ in heads}
 
