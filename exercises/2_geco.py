@@ -1,14 +1,14 @@
 # %% [markdown]
 # # 2. GECO: a multiplier that steers itself
 #
-# **Goal:** build the controller that keeps a model's loss at a bound while its edges leave, make it swing,
-# tame it, and see what it does when the bound is out of reach.
+# **Goal:** build the controller that keeps a model's loss at a bound while its edges leave, make it
+# swing, tame it, and see what it does when the bound is out of reach.
 # **About 45 minutes. Difficulty 2 of 5.** You need gradients and exercise 1's penalty.
 #
-# Sparse post-training is a problem with a *constraint*: make E, the share of open edges, as small as can
-# be, while C, the loss, stays at most tau, the *bound*. One would minimise E + lambda C with a weight
-# lambda > 0, the *multiplier*. But which lambda? Too small, and the model forgets its language; too
-# large, and no edge leaves. GECO changes lambda while the model trains.
+# Sparse post-training is a problem with a *constraint*: make E, the share of open edges, as small
+# as can be, while C, the loss, stays at most tau, the *bound*. One would minimise E + lambda C with
+# a weight lambda > 0, the *multiplier*. But which lambda? Too small, and the model forgets its
+# language; too large, and no edge leaves. GECO changes lambda while the model trains.
 #
 # Language models take hours, so here E and C are two distances of a point p in the plane, and all
 # answers are known:
@@ -22,7 +22,8 @@ import math
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(globals().get("__file__", "here")).resolve().parents[1]))  # the repository
+# where the repository's modules are, for a script and for a notebook in this folder
+sys.path.insert(0, str(pathlib.Path(globals().get("__file__", "here")).resolve().parents[1]))
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -54,6 +55,7 @@ def point_at(lam):
     ...
 
 
+# %%
 checks.point_at(point_at)
 
 # %%
@@ -63,12 +65,14 @@ for lam in (0.1, 0.5, 1.0, 1.5, 3.0, 10.0):
     print(f"{lam:6} {E(np.array(p)):6.2f} {C(np.array(p)):6.2f}")
 
 # %% [markdown]
-# C falls as lambda rises. For tau = 4 the right lambda is 1.5. In a language model nobody has this table.
+# C falls as lambda rises. For tau = 4 the right lambda is 1.5. In a language model nobody has this
+# table.
 #
 # ## Task 2: the loss
 #
-# E + lambda C has a fault: where lambda is 100, so is the gradient, and the step is a hundred times too
-# long. A weighted mean of E and C has its minimum in the same place. Which weights, that sum to 1?
+# E + lambda C has a fault: where lambda is 100, so is the gradient, and the step is a hundred times
+# too long. A weighted mean of E and C has its minimum in the same place. Which weights, that sum to
+# 1?
 
 
 # %%
@@ -78,13 +82,14 @@ def loss(E, C, lam):
     ...
 
 
+# %%
 checks.loss(loss)
 
 # %% [markdown]
 # ## Task 3: the error
 #
-# How far is c, a smoothed C, above the bound? Counted in units of a `width`, a violation that matters, and
-# cut off at -1 and 1: however far off it is, lambda then moves at a limited speed.
+# How far is c, a smoothed C, above the bound? Counted in units of a `width`, a violation that
+# matters, and cut off at -1 and 1: however far off it is, lambda then moves at a limited speed.
 
 
 # %%
@@ -94,6 +99,7 @@ def error(c, tau, width):
     ...
 
 
+# %%
 checks.error(error)
 
 # %% [markdown]
@@ -105,8 +111,8 @@ checks.error(error)
 #     h  <-  h + nu error(c)                 h is the logarithm of lambda: it adds up all errors
 #     h  <-  cut off at h_min and h_max
 #
-# So h is an *integral*: it stands still only when the error is zero. That is the trick of it: wherever
-# lambda settles, the constraint is met exactly.
+# So h is an *integral*: between its bounds it stands still only when the error is zero. That is the
+# trick of it: where lambda settles, the constraint is met exactly.
 
 
 # %%
@@ -116,14 +122,15 @@ def update(h, c, C, tau, width, nu, ema, h_min, h_max):
     ...
 
 
+# %%
 checks.update(update)
 
 # %% [markdown]
 # ## Task 5: make it swing, then tame it
 #
-# From here on we use the class GECO of `geco.py`, which has your four functions in it and one addition:
-# lambda = exp(h + kp e). The *proportional* part kp answers to the error at once, before it has
-# added up. `solve` trains: gradient steps for p, and after each an update with a noisy C.
+# From here on we use the class GECO of `geco.py`, which has your four functions in it and one
+# addition: lambda = exp(h + kp e). The *proportional* part kp answers to the error at once, before
+# it has added up. `solve` trains: gradient steps for p, and after each an update with a noisy C.
 
 
 # %%
@@ -141,8 +148,9 @@ def solve(geco, steps=3000, floor=0.0, tau=lambda step: None):
 
 # %% [markdown]
 # The controller works on a system with a *delay*: p needs some 25 steps to follow lambda, the
-# average c some 20 more. Find a speed nu at which lambda swings by a factor of 10 or more when kp is 0.
-# Then, with the same nu, find a kp with which it swings by at most 3. Try several; look at the numbers.
+# average c some 20 more. Find a speed nu at which lambda swings by a factor of 10 or more when kp
+# is 0. Then, with the same nu, find a kp with which it swings by at most 3. Try several; look at
+# the numbers.
 
 
 # %%
@@ -152,6 +160,7 @@ def multipliers():
     ...
 
 
+# %%
 def swing(trace):
     """Largest lambda of the second half over the smallest one."""
     late = trace[len(trace) // 2 :, 2]
@@ -164,20 +173,23 @@ checks.multipliers(multipliers, lambda nu, kp: solve(GECO(nu=nu, kp=kp, **settin
 # %%
 traces = {name: solve(GECO(**setting, **settings)) for name, setting in multipliers().items()}
 for name, trace in traces.items():
-    print(f"{name}: {multipliers()[name]}, mean C {trace[1500:, 1].mean():.2f}, lambda swings by {swing(trace):.1f}")
+    print(f"{name}: {multipliers()[name]}, mean C {trace[1500:, 1].mean():.2f}, "
+          f"lambda swings by {swing(trace):.1f}")
 kps = [0.1, 0.3, 1, 2, 4, 8, 16]
 print("with that nu:", ", ".join(
     f"kp {kp}: {swing(solve(GECO(nu=multipliers()['good']['nu'], kp=kp, **settings))):.1f}" for kp in kps))
 
 # %% [markdown]
-# Both too little and too much of kp are bad. Too little: lambda learns too late that it has gone too
-# far, and swings in slow waves. Too much: it passes the noise of single batches on to the training.
+# Both too little and too much of kp are bad. Too little: lambda learns too late that it has gone
+# too far, and swings in slow waves. Too much: it passes the noise of single batches on to the
+# training.
 #
 # ## Task 6: a bound that is out of reach
 #
-# Now the loss has a floor of 3 and the bound is 2: no lambda will do. After 1,500 steps somebody notices
-# and sets the bound to 7. An integral remembers. While the bound was violated, h went up by nu a step at
-# most. How many steps does it take to come back, once there is room in plenty (e = -1) and kp is 0?
+# Now the loss has a floor of 3 and the bound is 2: no lambda will do. After 1,500 steps somebody
+# notices and sets the bound to 7. An integral remembers. While the bound was violated, h went up by
+# nu a step at most. How many steps does it take to come back, once there is room in plenty (e = -1)
+# and kp is 0?
 
 
 # %%
@@ -187,6 +199,7 @@ def steps_back(h, lam, nu):
     ...
 
 
+# %%
 checks.steps_back(steps_back)
 
 # %%
@@ -199,10 +212,11 @@ for name, trace in (("no bound on lambda", free), ("h at most log 20", bounded))
     print(f"    the penalty's share of the loss at step 1500, 1 / (1 + lambda): {1 / (1 + trace[1499, 2]):.2%}")
 
 # %% [markdown]
-# Two things went wrong without a bound. While tau was out of reach the penalty had no say at all, and
-# afterwards the multiplier had to walk all the way back. Control engineers call it *windup*. A bound on h
-# is all that it takes. In this project lambda is bounded so low in language models that the penalty keeps
-# 40% of the loss (the docstring of `GECO`): edges leave even when tau was set too low by mistake.
+# Two things went wrong without a bound. While tau was out of reach the penalty had no say at all,
+# and afterwards the multiplier had to walk all the way back. Control engineers call it *windup*. A
+# bound on h is all that it takes. In this project lambda is bounded so low in language models that
+# the penalty keeps 40% of the loss (the docstring of `GECO`): edges leave even when tau was set too
+# low by mistake.
 
 # %%
 figure, axes = plt.subplots(2, 2, figsize=(12, 6.5), layout="constrained", sharex="col")
@@ -224,7 +238,7 @@ checks.picture(figure, "2_geco.png")
 # %% [markdown]
 # ## Two questions without an answer key
 #
-# 1. A language model learns its training text by heart. What would lambda do if it were steered by the loss
-#    on training text? `train.py` steers it by held-out text. What does one pay for that?
-# 2. Suppose there are two constraints, a bound on the loss and a bound on how well the model copies. Would
-#    two multipliers find their way? What if both bounds can not hold at once?
+# 1. A language model learns its training text by heart. What would lambda do if it were steered by
+#    the loss on training text? `train.py` steers it by held-out text. What does one pay for that?
+# 2. Suppose there are two constraints, a bound on the loss and a bound on how well the model
+#    copies. Would two multipliers find their way? What if both bounds can not hold at once?

@@ -1,17 +1,21 @@
 # %% [markdown]
 # # 4. A model that copies: two heads, found from their gates
 #
-# **Goal:** find the two heads by which a language model copies, from open gates alone; then prove that they do it.
+# **Goal:** find the two heads by which a language model copies, from open gates alone; then prove
+# that they do it.
 # **About 45 minutes. Difficulty 4 of 5.** You need exercise 1; exercise 3 for taps.
 #
-# A model that has seen `AB` and now sees `A` again should say `B`: *induction*. Two heads can do it together:
+# A model that has seen `AB` and now sees `A` again should say `B`: *induction*. Two heads can do it
+# together:
 #
-# - a *previous-token head* reads, at each token, the token before it, and writes down which one it was;
-# - an *induction head*, in a later layer, then looks from `A` for the token that says "before me was A". That
-#   is the `B` of the first time, and this head copies it.
+# - a *previous-token head* reads, at each token, the token before it, and writes down which one it
+#   was;
+# - an *induction head*, in a later layer, then looks from `A` for the token that says "before me
+#   was A". That is the `B` of the first time, and this head copies it.
 #
-# The models are small byte models, 4 layers of 4 heads, trained by `python train.py`: `dense`, and `sparse` with few
-# open gates. The prompts: 16 random characters, then the same 16 again, so the *period* is 16.
+# The models are small byte models, 4 layers of 4 heads, trained by `python train.py`: `dense`, and
+# `sparse` with few open gates. The prompts: 16 random characters, then the same 16 again, so the
+# *period* is 16.
 #
 # The solution is in `plumbing/copying.py`; look at it afterwards.
 
@@ -19,7 +23,8 @@
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(globals().get("__file__", "here")).resolve().parents[1]))  # the repository
+# where the repository's modules are, for a script and for a notebook in this folder
+sys.path.insert(0, str(pathlib.Path(globals().get("__file__", "here")).resolve().parents[1]))
 
 import matplotlib.pyplot as plt
 import torch
@@ -31,7 +36,7 @@ from plumbing import tasks, tokens
 sparse, dense = checks.load("copying_sparse"), checks.load("copying_dense")
 idx = tasks.make("induction", tokens.Bytes(), 16).clean  # (16, 32) tokens
 maps = {"sparse": attention_maps(sparse, idx), "dense": attention_maps(dense, idx)}  # A a, (N, L, H, T, T)
-gates = maps["sparse"] > 0  # [n, l, h, i, j]: in prompt n, is the gate from j to i of head h in layer l open?
+gates = maps["sparse"] > 0  # [n, l, h, i, j]: in prompt n, layer l, head h: open from j to i?
 T = idx.shape[1]
 
 for name, model in (("dense", dense), ("sparse", sparse)):
@@ -43,26 +48,28 @@ print("a prompt:", tokens.Bytes().decode(idx[0].tolist()))
 # %% [markdown]
 # ## Task 1: which edges would they open?
 #
-# Before you look, write down where each head's gates should be, as bool (T, T): row i the reader (query), column
-# j what is read (key). Put your finger on a prompt such as `ABCD ABCD`: standing on the second `A`, which
-# token must the induction head read? It helps nothing to read the first `A` itself.
+# Before you look, write down where each head's gates should be, as bool (T, T): row i the reader
+# (query), column j what is read (key). Put your finger on a prompt such as `ABCD ABCD`: standing on
+# the second `A`, which token must the induction head read? It helps nothing to read the first `A`
+# itself.
 
 
 # %%
 def right_pairs(T):
     """-> {"previous token": bool (T, T), "induction": bool (T, T)} for prompts of two equal halves."""
-    # about 4 lines; i - j, of torch.arange(T)[:, None] and torch.arange(T). The induction head can only look for
-    # what has come before: no edge from the last token of the first half
+    # about 4 lines; begin with i, j = torch.arange(T)[:, None], torch.arange(T) and look at i - j.
+    # The induction head can only look for what has come before: the first half has no such edge
     ...
 
 
+# %%
 checks.right_pairs(right_pairs)
 
 # %% [markdown]
 # ## Task 2: count
 #
-# For one head: how many pairs are open and right, shut and right, open and not right, shut and not right?
-# Count allowed pairs only (j <= i), as a mean over prompts.
+# For one head: how many pairs are open and right, shut and right, open and not right, shut and not
+# right? Count allowed pairs only (j <= i), as a mean over prompts.
 
 
 # %%
@@ -75,14 +82,15 @@ def table(gates, pairs):
     ...
 
 
+# %%
 checks.table(table, maps["sparse"])
 
 # %% [markdown]
 # ## Task 3: how well does a head fit?
 #
-# The share of right pairs that are open is no good measure: a head that opens everything gets 1. The share of
-# open pairs that are right is none either: one lucky gate gets 1. Use both at once: of all the pairs that are
-# open or right, how many are open and right?
+# The share of right pairs that are open is no good measure: a head that opens everything gets 1.
+# The share of open pairs that are right is none either: one lucky gate gets 1. Use both at once: of
+# all the pairs that are open or right, how many are open and right?
 
 
 # %%
@@ -92,6 +100,7 @@ def fit(table):
     ...
 
 
+# %%
 checks.fit(fit)
 
 # %% [markdown]
@@ -105,6 +114,7 @@ def two_heads(gates):
     ...
 
 
+# %%
 checks.two_heads(two_heads, maps["sparse"])
 
 # %%
@@ -118,9 +128,9 @@ for role, (l, h) in heads.items():
 # %% [markdown]
 # ## Task 5: silence a head
 #
-# A head whose gates are all shut writes exactly nothing, so z, what it has read, is 0 (`h{l}.attn.z`, (N, T,
-# heads, D)). Silence any set of heads. Do not do it by setting q to 0: then s = 0, and s + b = b > 0
-# *opens all gates of the head*!
+# A head whose gates are all shut writes exactly nothing, so z, what it has read, is 0
+# (`h{l}.attn.z`, (N, T, heads, D)). Silence any set of heads. Do not do it by setting q to 0: then
+# s = 0, and s + b = b > 0 *opens all gates of the head*!
 
 
 # %%
@@ -130,6 +140,7 @@ def silence(model, idx, heads):
     ...
 
 
+# %%
 checks.silence(silence, sparse)
 
 
@@ -159,29 +170,33 @@ def effects(model, idx):
     ...
 
 
+# %%
 checks.effects(effects, sparse, idx)
 
 # %% [markdown]
-# **Predict first:** in the dense model, which of these heads will you find by looking at the attention maps: how
-# many put more than a tenth of their weight on the token before, and how many of those matter?
+# **Predict first:** in the dense model, which of these heads will you find by looking at the
+# attention maps: how many put more than a tenth of their weight on the token before, and how many
+# of those matter?
 
 # %%
-matters = {name: torch.as_tensor(effects(model, idx)) for name, model in (("dense", dense), ("sparse", sparse))}
+matters = {"dense": torch.as_tensor(effects(dense, idx)), "sparse": torch.as_tensor(effects(sparse, idx))}
 looks = {}  # of each head: the weight that a right pair gets, of both roles the larger
 for name in matters:
     weight = {role: maps[name][..., pairs].mean((0, -1)) for role, pairs in right_pairs(T).items()}
     looks[name] = torch.maximum(*weight.values())
     suspects = weight["previous token"] > 0.1
-    print(f"{name}: {int(suspects.sum())} heads put more than a tenth of their weight on the token before; silencing one "
-          f"of them costs more than 10 points for {int((suspects & (matters[name] > 0.1)).sum())}")
+    convicted = suspects & (matters[name] > 0.1)
+    print(f"{name}: heads with more than a tenth of their weight on the token before: {int(suspects.sum())}; "
+          f"of these, copying loses more than 10 points without one of them: {int(convicted.sum())}")
 is_open = torch.stack([gates[..., pairs].float().mean((0, -1)) for pairs in right_pairs(T).values()])
 print("sparse: open in more than 90% of the right pairs, previous token and induction:",
       ", ".join(str(n) for n in (is_open > 0.9).sum((1, 2)).tolist()), "heads")
 
 # %% [markdown]
-# **The surprise:** a map shows where a head looks, not whether anybody needs it. In the dense model every
-# map shows something, and most of it does not matter for copying. Even an open gate is only a *may*: it
-# can let through a weight near 0. Gates make the list of suspects short; only the ablation convicts.
+# **The surprise:** a map shows where a head looks, not whether anybody needs it. In the dense model
+# every map shows something, and most of it does not matter for copying. Even an open gate is only a
+# *may*: it can let through a weight near 0. Gates make the list of suspects short; only the
+# ablation convicts.
 
 # %%
 figure, axes = plt.subplots(2, 3, figsize=(12, 8), layout="constrained")
@@ -203,7 +218,8 @@ checks.picture(figure, "4_copying.png")
 # %% [markdown]
 # ## Two questions without an answer key
 #
-# 1. Could one layer copy, with as many heads as you like? What does the induction head need that must have been
-#    written by an earlier layer?
-# 2. You have shown that two heads are needed, and how well the model copies with these two alone (compare with
-#    all others silenced). What do the other heads do? Which experiment could still prove your story wrong?
+# 1. Could one layer copy, with as many heads as you like? What does the induction head need that
+#    must have been written by an earlier layer?
+# 2. You have shown that two heads are needed, and how well the model copies with these two alone
+#    (compare with all others silenced). What do the other heads do? Which experiment could still
+#    prove your story wrong?

@@ -129,9 +129,10 @@ def logits(yours):
         "you divided by D: it is the square root of D": (products / 16).masked_fill(~allowed, never),
         "a token reads later ones: did you put -inf where j > i?": products / 4,
         "your mask is 0, and softmax gives a logit of 0 some weight: it is -inf": products / 4 * allowed,
-        "you masked the pairs that are allowed: j > i is what must not be": (products / 4).masked_fill(
-            ~allowed.T, never),
-        "row and column are exchanged: s[i, j] is query i times key j": (products.T / 4).masked_fill(~allowed, never),
+        "you masked the pairs that are allowed: j > i is what must not be":
+            (products / 4).masked_fill(~allowed.T, never),
+        "row and column are exchanged: s[i, j] is query i times key j":
+            (products.T / 4).masked_fill(~allowed, never),
     }.items()})
     for bias in (-0.5, 0.0, 0.5):
         assert torch.equal(s + bias > 0, sparse.gate_map(q[None, None], k[None, None], bias)[0, 0]), (
@@ -212,7 +213,8 @@ def open_share(yours):
         "is your mean over allowed pairs only? There are T (T + 1) / 2 of them": p.mean(),
         "did you forget b?": torch.sigmoid(s).sum() / count,
         "this is the sum: the penalty is a mean": p.sum(),
-        "did you average the gates? Their steps have no gradient: average the probabilities": (s + b > 0).sum() / count})
+        "did you average the gates? Their steps have no gradient: average the probabilities":
+            (s + b > 0).sum() / count})
 
 
 @check(6)
@@ -244,7 +246,8 @@ def point_at(yours):
             for message, wrong in {
                 "did you divide by 1 + lambda? The gradient is 2 p + 2 lambda (p - centre)": lam * centre,
                 "lambda is on the wrong term: it is C that it weights, so a large lambda goes to (3, 4)":
-                    centre / (1 + lam), "this is where C alone is smallest, lambda without end": centre,
+                    centre / (1 + lam),
+                "this is where C alone is smallest, lambda without end": centre,
             }.items():
                 assert not same(found, wrong), message
             raise AssertionError(f"for lambda = {lam} the gradient at your point is {p.grad.tolist()}, not 0")
@@ -402,12 +405,14 @@ def carry_edge(yours, gates):
     best = max(agreement(m, *edge, s) for m in above for edge in listed for s in (True, False))
     mine = agreement(l, i, j, sign)
     if mine < best - 0.002:
-        assert agreement(l, i, j, not sign) < best - 0.002, "the edge is right, the sign is not: is it open with a carry?"
-        often = max((gates[:, m, :, a, b].any(1).double().mean().item(), (m, a, b)) for m in above for a, b in listed)[1]
-        assert (l, i, j) != often, ("this is the edge that is open most often: an edge that is always open says nothing. "
-                                    "Compare it with the carry, problem by problem")
-        raise AssertionError(f"{names[i]} <- {names[j]} agrees with the carry in {mine:.1%} of the problems, another edge in "
-                             f"{best:.1%}: did you count edges that are open when there is none?")
+        assert agreement(l, i, j, not sign) < best - 0.002, (
+            "the edge is right, the sign is not: is it open with a carry?")
+        share = gates.any(2).double().mean(0)  # (layers, 11, 11)
+        often = max((share[m, a, b].item(), m, a, b) for m in above for a, b in listed)[1:]
+        assert (l, i, j) != often, ("this is the edge that is open most often: an edge that is always open says "
+                                    "nothing. Compare it with the carry, problem by problem")
+        raise AssertionError(f"{names[i]} <- {names[j]} agrees with the carry in {mine:.1%} of the problems, another "
+                             f"edge in {best:.1%}: did you count edges that are open when there is none?")
 
 
 @check(5)
@@ -442,7 +447,8 @@ def set_gate(yours, model, l, i, j):
     def scaled(wanted, j):
         def change(z, weights, a, v):
             weights[:, i, j] = wanted * a[:, i, j]
-            return put(z, (weights[:, i, None] / weights[:, i, None].sum(-1, keepdim=True).clamp(min=1e-9) @ v)[:, 0])
+            weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-9)
+            return put(z, (weights[:, i, None] @ v)[:, 0])
         return change
 
     def everywhere(wanted, j):
@@ -522,8 +528,8 @@ def fit(yours):
             "this is the share of right pairs that are open: a head that opens everything gets 1": a / (a + b),
             "this is the share of open pairs that are right: one lucky gate gets 1": a / max(a + c, 1e-9),
             "did you count the pairs that are shut and not right? They are nearly all, and any head gets them":
-                (a + d) / (a + b + c + d), "the share of all pairs: divide by those that are open or right":
-                a / (a + b + c + d)})
+                (a + d) / (a + b + c + d),
+            "this is the share of all pairs: divide by those that are open or right": a / (a + b + c + d)})
 
 
 @check(4)
@@ -538,8 +544,8 @@ def two_heads(yours, maps):
         most = divmod(int((maps > 0).sum((0, 3, 4)).argmax()), maps.shape[2])
         assert found[role] == head or found[role] != most, (
             f"{role}: this is the head with the most open gates: does your fit count the wrong ones?")
-        assert found[role] == head, (f"{role}: the weights on these edges are largest in another head, not in {found[role]}; "
-                                     "did you take the best fit over all layers and heads?")
+        assert found[role] == head, (f"{role}: the weights on these edges are largest in another head, not in "
+                                     f"{found[role]}; did you take the best fit over all layers and heads?")
 
 
 @check(5)
@@ -618,11 +624,10 @@ def writes(yours, model, idx):
 def gradient(yours, model, idx, metric):
     right = patching.gradients(model, idx, metric, ["final"])[0]["final"]
     early = patching.gradients(model, idx, metric, [f"h{model.config.n_layer - 1}.mlp.in"])[0]
-    with torch.enable_grad():
-        mine = yours(model, idx, metric)
-    compare(mine, right, {
+    compare(yours(model, idx, metric), right, {
         "you took the mean over prompts: each prompt's own gradient comes from the sum": right / len(idx),
-        "the sign is wrong": -right, "this is the gradient at the last MLP's input: it is at final": [*early.values()][0]})
+        "the sign is wrong": -right,
+        "this is the gradient at the last MLP's input: it is at final": [*early.values()][0]})
 
 
 def into_logits(model, task, place):
@@ -674,7 +679,8 @@ def most_missed(yours, scores, effects, edges):
         everywhere = (effects - scores).abs()
         for message, wrong in {
             "did you stay with the edges? Elsewhere no effect was measured": everywhere,
-            "this is the edge with the largest effect: ask where the score is wrong": effects.abs().masked_fill(~edges, -1),
+            "this is the edge with the largest effect: ask where the score is wrong":
+                effects.abs().masked_fill(~edges, -1),
             "this is the edge with the largest score: ask where it is wrong": scores.abs().masked_fill(~edges, -1),
             "did you take the absolute difference? The score can be wrong either way": (effects - scores).masked_fill(
                 ~edges, -torch.inf),
@@ -689,10 +695,12 @@ def most_missed(yours, scores, effects, edges):
 def strongest(yours, graph, scores):
     for n in (1, 20, 60):
         mine = yours(scores, graph.edges, n)
-        assert mine.dtype == torch.bool and mine.shape == scores.shape, "return bool (S, V), True on the edges that are kept"
+        assert mine.dtype == torch.bool and mine.shape == scores.shape, (
+            "return bool (S, V), True on the edges that are kept")
         right = circuit_report.circuit(graph, scores.abs(), n)  # without the edges that lead nowhere
-        if mine.sum() == n and not (mine & ~graph.edges).any() and torch.equal(circuit_report.prune(graph, mine), right) and (
-                scores.abs()[mine].min() >= scores.abs()[graph.edges & ~mine].max()):
+        outside = scores.abs()[graph.edges & ~mine].max()
+        if (mine.sum() == n and not (mine & ~graph.edges).any() and scores.abs()[mine].min() >= outside
+                and torch.equal(circuit_report.prune(graph, mine), right)):
             continue
         wrong = {name: torch.zeros_like(graph.edges) for name in ("largest", "smallest", "weakest")}
         for kept, value in zip(wrong.values(), (scores, -scores, -scores.abs())):

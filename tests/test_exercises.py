@@ -130,6 +130,16 @@ def writes(model, run, l, h):
     return head_outputs(model.h[l], run[f"h{l}.attn.z"])[:, h]
 
 
+def gradient(model, idx, metric):
+    seen = {}
+
+    def tap(name, t):
+        seen[name] = t.detach().requires_grad_() if name == "final" else t
+        return seen[name]
+
+    return torch.autograd.grad(metric(model(idx, tap=tap)[0]).sum(), seen["final"])[0]
+
+
 def exact(model, run, change, metric):
     before, after = (metric(model.lm_head(model.ln_f(x))) for x in (run["final"], run["final"] + change))
     return (after - before).mean()
@@ -157,7 +167,7 @@ SOLUTIONS = {
                        reads=lambda gates, l, i: gates[:, l].any(1)[:, i].double().mean(0), carry=carry,
                        carry_edge=carry_edge, set_gate=set_gate),
     "4_copying": dict(right_pairs=right_pairs, table=table, fit=fit, two_heads=two_heads, silence=silence, effects=effects),
-    "5_edges": dict(writes=writes, gradient=lambda model, idx, metric: gradients(model, idx, metric, ["final"])[0]["final"],
+    "5_edges": dict(writes=writes, gradient=gradient,
                     score=lambda change, slope: (change * slope).sum() / len(change), exact=exact,
                     most_missed=most_missed, strongest=strongest),
 }
@@ -430,10 +440,6 @@ def matrix(function):
         z = run[f"h{l}.attn.z"]
         return function(z, model.h[l].attn.c_proj.weight, h, z.shape[-1])
     return wrong
-
-
-def gradient(model, idx, metric):
-    return gradients(model, idx, metric, ["final"])[0]["final"]
 
 
 def whole_node(model, run, change, metric):
