@@ -192,7 +192,7 @@ def test_a_sparse_model_comes_back_sparse_and_transformers_gets_its_gates_from_t
         want = ours(idx)[0]
         dense = AutoModelForCausalLM.from_pretrained(folder).eval()(idx).logits
         assert (dense - want).abs().max() > 0.01 * want.abs().max()
-        readme = open(os.path.join(ROOT, "README.md")).read()
+        readme = open(os.path.join(ROOT, "RESULTS.md")).read()
         code = next(c for c in re.findall(r"```python\n(.*?)```", readme, re.S) if "register" in c)
         names = {}
         exec(code.replace('"out/gpt2-sparse"', repr(folder)), names)
