@@ -99,6 +99,7 @@ class Flags:
 
 DENSE_LR = 3e-3  # highest learning rate of the dense base from scratch
 LOOK_EVERY = 4  # steps between held-out batches for the multiplier: a tenth of the time
+LOOSE = 8  # times --slack is the slack at first; it falls between 10% and 70% of the steps
 EVAL_SEQUENCES = 64  # held-out, and test, sequences of an evaluation
 
 # -----------------------------------------------------------------------------
@@ -218,7 +219,9 @@ def train(flags, saved=None, bar=None):
     control = folders.read_control(flags.control, flags, dense["test"]) if flags.control else None
     # [step, nats]: what the control had reached by then, else what this model has
     reached = [[0, 0.0]] if teacher else control["trace"] if control else [[0, dense["val"]]]
-    tau = lambda step: flags.tau or flags.slack + float(np.interp(step, *zip(*reached)))
+    # loose at first, so that edges leave; then the sparse model learns to do without them
+    slack = lambda step: flags.slack * LOOSE ** min(1, max(0, (0.7 - step / flags.steps) / 0.6))
+    tau = lambda step: flags.tau or slack(step) + float(np.interp(step, *zip(*reached)))
 
     # optimiser and multiplier, which looks at one step in LOOK_EVERY and so moves further at a time
     optimizer = torch.optim.AdamW([  # matrices decay, vectors do not
