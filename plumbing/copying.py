@@ -70,12 +70,21 @@ def accuracy(model, tok, context, n=64, tap=None, amp=contextlib.nullcontext):
 # by which heads: read from attention maps A a (N, L, H, T, T) of prompts that come twice, T = 2 period
 
 
+def weight_by_role(maps):
+    """{"previous token": (L, H), "induction": (L, H)}: each head's mean weight on the edges of that role."""
+    period = maps.shape[-1] // 2
+    return {"previous token": maps.diagonal(-1, -2, -1).mean((0, -1)),  # from i - 1 to i
+            "induction": maps.diagonal(1 - period, -2, -1)[..., 1:].mean((0, -1))}  # from i + 1 - period
+
+
 def find_heads(maps):
     """{"previous token": (l, h), "induction": (l, h)}: the heads with most weight on those two edges."""
-    period, n_head = maps.shape[-1] // 2, maps.shape[2]
-    weight = {"previous token": maps.diagonal(-1, -2, -1).mean((0, -1)),  # from i - 1 to i
-              "induction": maps.diagonal(1 - period, -2, -1)[..., 1:].mean((0, -1))}  # from i + 1 - period
-    return {role: divmod(int(w.argmax()), n_head) for role, w in weight.items()}
+    return {role: divmod(int(w.argmax()), maps.shape[2]) for role, w in weight_by_role(maps).items()}
+
+
+def find_teams(maps):
+    """{role: [(l, h), ...]}: all heads with at least half the weight of the strongest."""
+    return {role: list(map(tuple, (w >= w.max() / 2).nonzero().tolist())) for role, w in weight_by_role(maps).items()}
 
 
 def kinds(T):
@@ -125,17 +134,19 @@ def shut(heads):
 
 
 @torch.no_grad()
-def surgery(model, tok, heads, circuit, text):
+def surgery(model, tok, teams, circuit, text):
     """{what is shut: {"copying": {period: share}, "ce_text": nats a token of text (idx, targets)}}.
 
-    heads: of find_heads; circuit: the heads (l, h) that the circuit needs.
+    teams: of find_teams, because one induction head may stand in for another; circuit: the heads (l, h)
+    that the circuit needs.
     """
     idx, targets = (x.to(model.wte.weight.device) for x in text)
     every = {(l, h) for l in range(model.config.n_layer) for h in range(model.config.n_head)}
-    names = {role: "the {} head, a{}.h{}".format(role, *place) for role, place in heads.items()}
-    cases = {"nothing": []} | {names[role]: [place] for role, place in heads.items()} | {
+    named = {role: f"the {role} head{'s' * (len(team) > 1)}, " + " ".join(f"a{l}.h{h}" for l, h in team)
+             for role, team in teams.items()}
+    cases = {"nothing": []} | {named[role]: team for role, team in teams.items()} | {
         f"all but the {len(circuit)} heads of the circuit": every - circuit,
-        "all but these two": every - {*heads.values()}}
+        "all but the named heads": every - {place for team in teams.values() for place in team}}
     return {name: {"copying": accuracy(model, tok, idx.shape[1], n=32, tap=shut(case)),
                    "ce_text": torch.stack([model(i[None], t[None], tap=shut(case))[1] for i, t in zip(idx, targets)])
                    .mean().item()} for name, case in cases.items()}
@@ -151,7 +162,7 @@ def circuits(studies, maps, tok, text):
     for name, study in studies.items():
         nodes = [source for source, used in zip(study.graph.sources, study.by_effect.any(1)) if used]
         circuit = {tuple(map(int, node[1:].split(".h"))) for node in nodes if node[0] == "a"}
-        cut[name] = surgery(study.model, tok, heads[name], circuit, text)
+        cut[name] = surgery(study.model, tok, find_teams(maps[name]), circuit, text)
     results = {"story": story(maps["sparse"], heads["sparse"]), "surgery": cut}
     print_story(results)
     return results, heads

@@ -125,6 +125,13 @@ def test_the_story_counts_the_gates():
         "two to four before": {}, "the first token": {}, "another": {}}
 
 
+def test_a_team_is_every_head_with_half_of_the_strongest_s_weight():
+    maps = maps_of_a_story()
+    maps[:, 1, 1] = maps[:, 1, 0] * 0.6
+    maps[:, 0, 0] = maps[:, 0, 1] * 0.4
+    assert copying.find_teams(maps) == {"previous token": [(0, 1)], "induction": [(1, 0), (1, 1)]}
+
+
 def test_every_pair_is_of_one_kind():
     of = copying.kinds(12)
     assert torch.equal(sum(pairs.int() for pairs in of.values()), torch.ones(12, 12).tril().int())
@@ -145,15 +152,15 @@ def test_a_head_that_is_shut_writes_nothing():
 def test_surgery_shuts_what_it_says():
     torch.manual_seed(0)
     model = Transformer(Config(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=16, init_std=0.3))
-    heads = {"previous token": (0, 1), "induction": (1, 0)}
+    teams = {"previous token": [(0, 1)], "induction": [(1, 0), (1, 1)]}
     text = idx, targets = tokens.Blocks(tokens.load_data("python-docs", "bytes")["test"], 32).evenly(64)
-    cut = copying.surgery(model, BYTES, heads, {(0, 1), (1, 0), (1, 1)}, text)
-    assert list(cut) == ["nothing", "the previous token head, a0.h1", "the induction head, a1.h0",
-                         "all but the 3 heads of the circuit", "all but these two"]
+    cut = copying.surgery(model, BYTES, teams, {(0, 1), (1, 0)}, text)
+    assert list(cut) == ["nothing", "the previous token head, a0.h1", "the induction heads, a1.h0 a1.h1",
+                         "all but the 2 heads of the circuit", "all but the named heads"]
     assert cut["nothing"]["copying"] == copying.accuracy(model, BYTES, 32, n=32)
-    for name, left_out in (("nothing", []), ("the induction head, a1.h0", [(1, 0)]),
-                           ("all but the 3 heads of the circuit", [(0, 0)]),
-                           ("all but these two", [(0, 0), (1, 1)])):
+    for name, left_out in (("nothing", []), ("the induction heads, a1.h0 a1.h1", [(1, 0), (1, 1)]),
+                           ("all but the 2 heads of the circuit", [(0, 0), (1, 1)]),
+                           ("all but the named heads", [(0, 0)])):
         with torch.no_grad():
             ce = model(idx, targets, tap=copying.shut(left_out))[1]
         assert cut[name]["ce_text"] == pytest.approx(ce.item(), rel=1e-4)
