@@ -146,6 +146,44 @@ def test_the_table_of_the_demo_s_seeds_is_the_result_files():
             assert f"{c['dense'][key]} / {c['sparse'][key]} = {c['ratio'][key]:.1f}" in ratios, (seed, key)
 
 
+def test_the_first_lesson_has_the_numbers_of_the_result_files():
+    """The two stories, the commands and the table beside the paper's."""
+    page = " ".join(PAGES["README.md"].split())
+    edges = [r["mean_open_edges"] for r in results("addition")["per_seed"]]
+    exact = min(r["exact"] for r in results("addition")["per_seed"])
+    demo, circuit = results("demo"), results("demo/circuit")
+    story, cut = circuit["copying"]["story"], list(circuit["copying"]["surgery"]["sparse"].values())
+    above = demo["ce_sparse"] - demo["ce_dense_control"]
+    minutes = sum(results(name)["training_seconds"] for name in ("demo/dense", "demo/control", "demo")) / 60
+    left = [100 * sum(case["copying"].values()) / len(case["copying"]) for case in cut]
+
+    def ratios(name):
+        r = results(name)["ratio"]
+        return (f"{r['edges_for_0.9_cumulative_mean_of_curves']:.1f}, {r['edges_for_0.9_cumulative']:.1f}; "
+                f"by effect {r['edges_for_0.9']:.1f}")
+
+    english, smollm2 = results("english/sparse"), results("smollm2")
+    for text in (
+            f"{min(edges):.2f} to {max(edges):.2f} of 242 edges stay open, and {exact:.2%} of all",
+            f"| {min(edges):.2f} to {max(edges):.2f} of 242, 10 seeds, {exact:.2%} exact |",
+            f"{edges[0]:.2f} edges a problem",
+            f"{demo['open_frac']:.2%} of its edges stay open, {above:.3f} nats above its control",
+            f"copies {100 * min(demo['copying_sparse'].values()):.0f}% and more",
+            f"{story['heads']['previous token']} reads the token before, in {story['previous_token_open']:.0%}",
+            f"{story['heads']['induction']} reads what came next the last time, in {story['induction_open']:.0%}",
+            f"{story['induction_right']:.0%} of its open gates are that one",
+            f"copying falls to {left[1]:.0f}%, with all induction heads shut to {left[2]:.0f}%",
+            f"| {minutes:.0f}, one CPU core | {demo['open_frac']:.2%} open, test CE {demo['ce_sparse']:.3f}, "
+            f"control {demo['ce_dense_control']:.3f} |",
+            f"| {results('circuits/ioi')['seconds'] / 60:.0f} for SmolLM2",
+            f"| copying model {demo['open_frac']:.2%}, {above:.3f} nats above its control |",
+            f"English bytes {english['open_frac']:.2%}, {english['ce_sparse'] - english['ce_dense_control']:.3f} above",
+            f"SmolLM2-135M {smollm2['open_frac']:.2%}, {smollm2['ce_sparse'] - smollm2['ce_dense_control']:.2f} above",
+            f"| copying model {ratios('demo/circuit')} |", f"| SmolLM2 {ratios('circuits/ioi')} |",
+            f"| SmolLM2 {ratios('circuits/greater-than')} |"):
+        assert text in page, text
+
+
 def test_the_memory_table_follows_from_the_measurement():
     """Doubles the batch while 90% of the GPU hold it; memory is linear in the batch."""
     one, two = (results(f"memory/batch{n}") for n in (1, 2))
