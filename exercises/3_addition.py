@@ -12,7 +12,7 @@
 # `sparse`, the same weights trained on with gates, until few edges were left (`addition_toy.py`).
 # Gates here are *deterministic*: open where s + b > 0, no noise.
 #
-# The solution is in `addition_toy.py` and `patching.py`; look at them afterwards.
+# The solution is in `plumbing/addition.py` and `patching.py`; look at them afterwards.
 
 # %%
 import pathlib
@@ -24,9 +24,10 @@ sys.path.insert(0, str(pathlib.Path(globals().get("__file__", "here")).resolve()
 import matplotlib.pyplot as plt
 import torch
 
-from addition_toy import NAMES, evaluate, problems
+from addition_toy import evaluate, problems
 from exercises import checks
 from patching import record
+from plumbing.addition import NAMES
 
 sparse, dense = checks.load("addition_sparse"), checks.load("addition_dense")
 idx, targets = problems()  # (10000, 11) tokens; problem number 100 x + y is x + y

@@ -536,7 +536,7 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("steps_back", lambda h, lam, nu: 7, "GECO needs"),
     ("gates", from_s(lambda s, b: s > 0), "forget b"),
     ("gates", from_s(lambda s, b: (s + b > 0).mT), "exchanged"),
-    ("gates", from_s(lambda s, b: s * 8 + b > 0), "sqrt"),
+    ("gates", from_s(lambda s, b: s * 32**0.5 + b > 0), "sqrt"),
     ("gates", from_s(lambda s, b: (s + b > 0).tril()), "causal"),
     ("reads", lambda gates, l, i: gates[:, l].any(1)[:, :, i].double().mean(0), "exchanged"),
     ("reads", lambda gates, l, i: gates.any(2).double().mean((0, 1))[i], "all layers"),
