@@ -8,7 +8,7 @@ A small transformer learns it with ordinary dense attention. Then the same weigh
 with a gate on every attention edge: fewest open edges, at the loss of the dense model plus a
 slack. What is left is the algorithm: each answer digit reads the two digits it adds, and a carry.
 
-    python addition_toy.py          one seed and the figures; --seeds 5: seeds 0 to 4
+    python addition_toy.py          one seed and the figures; --seeds 10: seeds 0 to 9
 """
 
 import copy
