@@ -7,10 +7,10 @@ set -u
 cd "$(dirname "$0")/.."
 model=${MODEL:-assets/smollm2-135m} text=${TEXT:-assets/news.txt}
 out=results/gpu work=out/gpu
-steps=1500 context=256 batch=32 prompts=60 rounds=3 bench=20
+steps=1500 context=256 batch=32 prompts=60 rounds=3 bench=20 minutes=5
 shape="--n-layer 12 --n-head 12 --n-embd 768 --context 1024 --batch-size 16"  # GPT-2 124M's, on bytes
 if [ -n "${TINY:-}" ]; then
-    out=out/gpu-tiny work=out/gpu-tiny/work steps=2 context=32 batch=2 prompts=4 rounds=1 bench=2
+    out=out/gpu-tiny work=out/gpu-tiny/work steps=2 context=32 batch=2 prompts=4 rounds=1 bench=2 minutes=20
     shape="--n-layer 2 --n-head 2 --n-embd 32 --context 64 --batch-size 2"
 fi
 mkdir -p "$out" "$work"
@@ -24,7 +24,7 @@ keep() { mkdir -p "$out/$1" && cp "$work/$1"/*.json "$work/$1"/*.png "$work/$1"/
 sparse="--init $model --data $text --lora 32 --lr 1e-3 --context $context --batch-size $batch --steps $steps"
 
 step parity 2 python sparse.py
-step cost 5 python -m plumbing.attention_cost --rounds $rounds --out "$out/attention"
+step cost $minutes python -m plumbing.attention_cost --rounds $rounds --out "$out/attention"
 step throughput 3 python train.py --benchmark $bench $shape --out "$work/throughput" && keep throughput
 step control 5 python train.py $sparse --no-sparse --overwrite --out "$work/control" && keep control
 step sparse 10 python train.py $sparse --bound kl --slack 0.1 --control "$work/control" --overwrite --out "$work/sparse" && keep sparse
