@@ -192,8 +192,8 @@ for start, steps in zip(starts, steps_to_shut):
     print(f"s + b = {start}: shut after {steps} steps")
 
 # %% [markdown]
-# The picture. Left: the eight tokens' gates, as drawn and without noise (n = 0), as models are
-# evaluated. Middle: your measurement. Right: the penalty at work.
+# The picture. The two on the left: the eight tokens' gates, as drawn and without noise (n = 0), as
+# models are evaluated. Third: your measurement. Fourth: the penalty at work.
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")

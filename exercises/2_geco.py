@@ -15,7 +15,7 @@
 #
 #     E = distance from the origin, squared              C = distance from (3, 4), squared
 #
-# The solution of all tasks is `geco.py`; look at it afterwards.
+# The solution of tasks 1 to 4 is in `geco.py`; look at it afterwards.
 
 # %%
 import math
@@ -128,7 +128,7 @@ checks.update(update)
 # %% [markdown]
 # ## Task 5: make it swing, then tame it
 #
-# From here on we use the class GECO of `geco.py`, which has your four functions in it and one
+# From here on we use the class GECO of `geco.py`, which has your loss, error and update in it and one
 # addition: lambda = exp(h + kp e). The *proportional* part kp answers to the error at once, before
 # it has added up. `solve` trains: gradient steps for p, and after each an update with a noisy C.
 
@@ -214,7 +214,7 @@ for name, trace in (("no bound on lambda", free), ("h at most log 20", bounded))
 # %% [markdown]
 # Two things went wrong without a bound. While tau was out of reach the penalty had no say at all,
 # and afterwards the multiplier had to walk all the way back. Control engineers call it *windup*. A
-# bound on h is all that it takes. In this project lambda is bounded so low in language models that
+# bound on h is all that it takes (lambda = exp(h + kp e) can still be above it for a moment). In this project lambda is bounded so low in language models that
 # the penalty keeps 40% of the loss (the docstring of `GECO`): edges leave even when tau was set too
 # low by mistake.
 

@@ -157,8 +157,8 @@ def set_gate(model, idx, l, i, j, is_open):
 checks.set_gate(set_gate, sparse, l, i, j)
 
 # %% [markdown]
-# **Predict first:** if the model always believes that there is no carry, what will it answer to
-# 36 + 28? And what to 31 + 25, if it always believes that there is one?
+# **Predict first:** in which state does your edge say "carry" (`sign` of task 4)? What will the model
+# answer to 36 + 28 and to 31 + 25 when the edge is always shut, and what when it is always open?
 
 # %%
 some = torch.arange(0, 10000, 7)  # every seventh problem
@@ -177,11 +177,15 @@ for what, state in (("as it is", None), ("always shut", 0.0), ("always open", 1.
         values, counts = off[what][rows].unique(return_counts=True)
         most = counts.argsort(descending=True)[:4].tolist()
         print(f"{what:12} {name:13}", ", ".join(f"{values[n]:+d}: {counts[n] / rows.sum():.0%}" for n in most))
+    two = idx[[3628, 3125]]
+    two = sparse(two)[0] if state is None else set_gate(sparse, two, l, i, j, state)
+    print(f"{what:12} 36 + 28 = {answers(two)[0]}, 31 + 25 = {answers(two)[1]}")
 
 # %% [markdown]
 # The numbers are answer minus sum: +0 is right, -10 is "forgot the carry", +10 is "saw one that is
-# not there". What does shutting do? Before, it was a correlation; now you know that the answer
-# needs this edge.
+# not there"; -90 and +90 are the same mistakes where the tens turn over, from 9 to 0 or back, and the
+# hundreds do not follow. What does shutting do? Before, it was a correlation; now you know that the
+# answer needs this edge.
 #
 # And opening? If it does as much harm as shutting, the open gate itself is the message. If it does
 # little, look at what the gate lets through: a_ij v_j.
@@ -194,7 +198,7 @@ for name, rows in (("with a carry", has_carry[some]), ("without", ~has_carry[som
     print(f"{name:13} mean a_ij {a[rows].mean():.3f}, mean length of v_j {v[rows, j].norm(dim=-1).mean():.2f}")
 
 # %% [markdown]
-# **The surprise:** an edge "that says carry" has three parts, and any of them can be the message.
+# **The surprise:** an edge that tells a carry from none has three parts, and any of them can be the message.
 # The *gate*: open or shut. The *weight* a_ij: gate and softmax share a logit, so where the gate is
 # shut the weight is often low as well, and forcing the gate open lets little through. The *value*
 # v_j: what j writes can itself be "carry" or "no carry", and then an edge opened by hand tells the
@@ -218,12 +222,12 @@ for axis, values, rows, title in ((axes[0], is_open.float(), torch.arange(10000)
 for axis, name, rows in ((axes[2], "problems with a carry", has_carry[some]),
                          (axes[3], "problems without", ~has_carry[some])):
     for n, (what, errors) in enumerate(off.items()):
-        values = [int((errors[rows] == value).sum()) for value in (-100, -10, 0, 10, 100)]
+        values = [int((errors[rows] == value).sum()) for value in (-90, -10, 0, 10, 90)]
         values.append(int(rows.sum()) - sum(values))
         axis.bar([x + 0.27 * (n - 1) for x in range(6)], values, width=0.27, label=f"gate {what}")
-    axis.set_xticks(range(6), ["-100", "-10", "right", "+10", "+100", "other"])
+    axis.set_xticks(range(6), ["-90", "-10", "right", "+10", "+90", "other"])
     axis.set(title=name, xlabel="answer minus sum", ylabel="problems")
-    axis.legend()
+    axis.legend(loc="upper left")
 checks.picture(figure, "3_addition.png")
 
 # %% [markdown]

@@ -42,7 +42,7 @@ T = idx.shape[1]
 for name, model in (("dense", dense), ("sparse", sparse)):
     right = (model(idx)[0][:, 15:-1].argmax(-1) == idx[:, 16:])[:, 1:].float().mean()
     share = (maps[name] > 0).sum() / (maps[name][..., 0, 0].numel() * T * (T + 1) / 2)
-    print(f"{name}: copies {right:.1%} of the tokens, {share:.2%} of the edges are open")
+    print(f"{name}: copies {right:.1%} of the tokens, {share:.2%} of the edges are open on these prompts")
 print("a prompt:", tokens.Bytes().decode(idx[0].tolist()))
 
 # %% [markdown]
@@ -193,10 +193,20 @@ print("sparse: open in more than 90% of the right pairs, previous token and indu
       ", ".join(str(n) for n in (is_open > 0.9).sum((1, 2)).tolist()), "heads")
 
 # %% [markdown]
-# **The surprise:** a map shows where a head looks, not whether anybody needs it. In the dense model
-# every map shows something, and most of it does not matter for copying. Even an open gate is only a
-# *may*: it can let through a weight near 0. Gates make the list of suspects short; only the
-# ablation convicts.
+# A map shows where a head looks, not whether anybody needs it. In the dense model every map shows
+# something, and most of it does not matter for copying. Even an open gate is only a *may*: it can
+# let through a weight near 0. Gates make the list of suspects short. Does silencing one head at a
+# time convict them? Silence all heads that are open where the induction head should be:
+
+# %%
+team = [(l, h) for l, h in (is_open[1] > 0.9).nonzero().tolist()]
+for heads_of_team in [[head] for head in team] + [team]:
+    print(f"silenced: {', '.join(f'head {h} of layer {l}' for l, h in heads_of_team):34}",
+          f"copies {share_right(silence(sparse, idx, heads_of_team), idx):.1%}")
+
+# %% [markdown]
+# **The surprise:** where two heads do the same work, one stands in for the other. Silence either and
+# little is lost; silence both and copying is gone. One head at a time can acquit a guilty pair.
 
 # %%
 figure, axes = plt.subplots(2, 3, figsize=(12, 8), layout="constrained")
@@ -220,6 +230,6 @@ checks.picture(figure, "4_copying.png")
 #
 # 1. Could one layer copy, with as many heads as you like? What does the induction head need that
 #    must have been written by an earlier layer?
-# 2. You have shown that two heads are needed, and how well the model copies with these two alone
-#    (compare with all others silenced). What do the other heads do? Which experiment could still
-#    prove your story wrong?
+# 2. You have shown which heads copying needs, and how well the model copies with two of them alone
+#    (all others silenced). What do the other heads do? Which experiment could still prove your
+#    story wrong?

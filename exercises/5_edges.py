@@ -44,7 +44,7 @@ heads = find_heads(attention_maps(model, clean))
 previous, induction = ("a{}.h{}".format(*heads[role]) for role in ("previous token", "induction"))
 print(f"{len(graph.sources)} sources, {len(graph.destinations)} destinations, {len(graph)} edges")
 print(f"M {full.mean():.2f} on clean prompts, {empty.mean():.2f} on corrupt ones")
-print(f"as in exercise 4: {previous} reads the token before, {induction} is the induction head")
+print(f"most weight on the token before: {previous}; on what came next the last time: {induction}")
 
 # %% [markdown]
 # ## Task 1: what a head writes

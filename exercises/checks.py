@@ -122,6 +122,7 @@ def logits(yours):
     s, never = yours(q, k), -torch.inf
     assert s.shape == (6, 6), f"the shape is {tuple(s.shape)}, it should be (6, 6): a query a row, a key a column"
     assert not s.isnan().any(), "there is a nan: 0 times infinity? Use masked_fill"
+    assert not s.isneginf().all(-1).any(), "you masked the pairs that are allowed: j > i is what must not be"
     # with the identity as values and all gates open, the output is the softmax itself
     right = sparse.naive(q[None, None], k[None, None], torch.eye(6)[None, None], 1e9, None, True)[0][0, 0]
     compare(s.softmax(-1), right, {message: wrong.softmax(-1) for message, wrong in {
@@ -203,6 +204,10 @@ def head(yours):
         "where is the gate? This is dense attention": a @ v,
         "the gate comes after the softmax: it multiplies a, not s": (s.nan_to_num(neginf=-1e9) * A).masked_fill(
             ~allowed, -torch.inf).softmax(-1) @ v})
+    mine, naives = q.clone().requires_grad_(), q_.clone().requires_grad_()
+    slope = torch.autograd.grad(yours(mine, k, v, -1.0, u).sum(), mine)[0]
+    right = torch.autograd.grad(sparse.naive(naives, k_, v_, -1.0, keys, True)[0].sum(), naives)[0][0, 0]
+    assert same(slope, right), "y is right, but no gradient passes the gate: use straight_through()"
 
 
 @check(5)

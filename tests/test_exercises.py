@@ -489,6 +489,8 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("straight_through", lambda s, b, u: hard(s, b, u) + (torch.sigmoid(s + b) - torch.sigmoid(s + b).detach()), "no noise"),
     ("straight_through", lambda s, b, u: hard(s, b, u) + (s - s.detach()), "with slope 1"),
     ("straight_through", lambda s, b, u: hard(s, b, u) + (soft(s, b, u).detach() - soft(s, b, u)), "sign"),
+    ("head", lambda q, k, v, b, u: ((logits(q, k) + b - torch.logit(u) > 0).float() * logits(q, k).softmax(-1)) @ v, "no gradient passes the gate"),
+    ("logits", lambda q, k: (q @ k.T / math.sqrt(q.shape[-1])).masked_fill(torch.ones(len(q), len(q)).tril().bool(), -torch.inf), "masked the pairs"),
     ("head", renormalised, "renormalise after the gate"),
     ("head", lambda *x: logits(*x[:2]).masked_fill(weights(*x)[0] == 0, -torch.inf).softmax(-1) @ x[2], "renormalise after the gate"),
     ("head", lambda *x: weights(*x)[0] @ x[2], "where is the softmax"),
