@@ -169,7 +169,7 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
             f"{edges[0]:.2f} edges a problem",
             f"{demo['open_frac']:.2%} of its edges stay open, {above:.3f} nats above its control",
             f"copies {100 * min(demo['copying_sparse'].values()):.0f}% and more",
-            f"{story['heads']['previous token']} reads the token before, in {story['previous_token_open']:.0%}",
+            f"from 0) reads the token before, in {story['previous_token_open']:.0%}",
             f"{story['heads']['induction']} reads what came next the last time, in {story['induction_open']:.0%}",
             f"{story['induction_right']:.0%} of its open gates are that one",
             f"copying falls to {left[1]:.0f}%, with all induction heads shut to {left[2]:.0f}%",
