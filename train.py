@@ -247,6 +247,7 @@ def train(flags, saved=None, bar=None):
 
     for step in run.steps():
         began, ce_mean, open_mean = time.time(), 0.0, 0.0
+        geco.tau = tau(step)
         optimizer.zero_grad()
         for part in range(flags.accumulate):
             # a batch of training text, and a seed of gate noise a sequence; none in the second half
@@ -282,7 +283,6 @@ def train(flags, saved=None, bar=None):
                 constraint = divergence(teacher, logits, idx) if teacher else ce
             constraint = fsdp.mean([constraint])[0]  # so that lambda is the same on every rank
             run.require_finite(step + 1, held_out_loss=constraint)
-            geco.tau = tau(step + 1)
             geco.update(constraint)
         run.line(step + 1, began, model, ce=ce_mean, norm=norm, lr=learning_rate(step, flags),
                  **({"held_out": geco.c, "lambda": geco.lam, "open": open_mean} if flags.sparse else {}))
