@@ -162,11 +162,16 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
         return (f"{r['edges_for_0.9_cumulative_mean_of_curves']:.1f}, {r['edges_for_0.9_cumulative']:.1f}; "
                 f"by effect {r['edges_for_0.9']:.1f}")
 
+    three = [results(f"demo/{seed}circuit") for seed in ("", "seed1/", "seed2/")]
+    by_score = ", ".join(f"{c['ratio']['edges_for_0.9']:.1f}" for c in three)
+    exact_ranking = [[c[model]["rankings"]["exact"]["edges_for_0.9"] for model in ("dense", "sparse")] for c in three]
+    by_exact = ", ".join(f"{dense / sparse:.1f}" for dense, sparse in exact_ranking)
     english, smollm2 = results("english/sparse"), results("smollm2")
     for text in (
             f"{min(edges):.2f} to {max(edges):.2f} of 242 edges stay open, and {exact:.2%} of all",
             f"| {min(edges):.2f} to {max(edges):.2f} of 242, 10 seeds, {exact:.2%} exact |",
             f"{edges[0]:.2f} edges a problem",
+            f"{by_score} on three seeds by EAP-IG, {by_exact} by exact effects",
             f"{demo['open_frac']:.2%} of its edges stay open, {above:.3f} nats above its control",
             f"copies {100 * min(demo['copying_sparse'].values()):.0f}% and more",
             f"from 0) reads the token before, in {story['previous_token_open']:.0%}",
