@@ -9,7 +9,8 @@ Sparse post-training of a language model: the fewest open attention edges at the
     torchrun --nproc-per-node 8 train.py --init meta-llama/Llama-3.2-1B --fsdp
 
 It measures the dense model's cross-entropy (CE) on held-out text and sets tau = CE + slack; with a
-dense control tau follows the CE that this had after as many steps. Then it trains on with sampled
+dense control tau follows the CE that this had after as many steps. The slack is larger at first: edges
+leave, then the model learns to do without them. So it trains on with sampled
 gates: it minimises the expected share of open edges E subject to CE <= tau. Training text moves the
 weights, held-out text the multiplier (geco.py), because training text can be learnt by heart. The
 sparsest state within tau, with deterministic gates, is kept as best.pt and reported on test text.
