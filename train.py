@@ -99,6 +99,7 @@ class Flags:
 DENSE_LR = 3e-3  # highest learning rate of the dense base from scratch
 LOOK_EVERY = 4  # steps between held-out batches for the multiplier: a tenth of the time
 LOOSE = 8  # times --slack is the slack at first; it falls between 10% and 70% of the steps
+NOISY = 0.5  # share of the steps with noise in the gates, at the beginning
 EVAL_SEQUENCES = 64  # held-out, and test, sequences of an evaluation
 
 # -----------------------------------------------------------------------------
@@ -251,11 +252,11 @@ def train(flags, saved=None, bar=None):
         geco.tau = tau(step)
         optimizer.zero_grad()
         for part in range(flags.accumulate):
-            # a batch of training text, and a seed of gate noise a sequence; none in the second half
+            # a batch of training text, and a seed of gate noise a sequence; late gates have none
             first = (step * flags.accumulate + part) * flags.batch_size + fsdp.rank() * size
             idx, targets = (x.to(device) for x in blocks.batch(first, size))
             seeds = fold_in(flags.seed, torch.arange(first, first + size)).to(device)
-            seeds = seeds if step < flags.steps / 2 else None
+            seeds = seeds if step < flags.steps * NOISY else None
 
             # minimise the expected share of open edges, subject to a bound on the loss
             with amp():
