@@ -36,12 +36,13 @@ def test_the_readme_is_a_first_lesson():
 
 
 def commands():
-    """Every command of the two pages; what is said of it comes behind three spaces."""
+    """Every command of the two pages, as they come; what is said of it comes behind three spaces."""
     text = re.sub(r"\\\n\s*", " ", README)
     blocks, inline = re.findall(r"^```\n(.*?)^```", text, re.M | re.S), re.findall(r"`(python [^`]*)`", text)
     lines = [re.sub(r" +--", " --", line) for block in blocks for line in block.splitlines()]
     lines = [re.split(r" {3,}", line)[0] for line in lines] + [" ".join(code.split()) for code in inline]
-    return sorted({part for line in lines for part in line.split(" && ") if re.match("python |torchrun ", part)})
+    return [*dict.fromkeys(part for line in lines for part in line.split(" && ")
+                           if re.match("python |torchrun ", part))]
 
 
 @pytest.mark.parametrize("command", commands())
