@@ -12,7 +12,8 @@ some activations of the other, and to see how far the metric moves. Gates are de
 First whole heads are patched. Then edges u -> v: the embedding, each head and each MLP write to the
 residual stream; each head (by q, k and v), each MLP and the logits read from it. One gradient
 estimates the effect of every edge when v alone reads u's corrupt value (EAP, arXiv 2310.10348; with
-ig_steps EAP-IG, arXiv 2403.17806). Last a circuit runs: the n strongest edges, all others corrupt.
+ig_steps EAP-IG, arXiv 2403.17806). Last a circuit runs: the n strongest edges, all others corrupt; how
+they are ranked: plumbing/rerun.py.
 """
 
 import time
@@ -354,7 +355,7 @@ class Flags:
     n: int = 32  # prompts
     out: str | None = None  # folder for results.json, edges.csv and the figures
     qkv: str = "split"  # split: a head reads by q, k and v; merged: once
-    ig_steps: int = 5  # 0: plain EAP; m: EAP-IG with m midpoints
+    ranking: str = "rerun"  # of a circuit's edges: exact, rerun, eap-ig or eap; RESULTS.md compares them
     ablation: str = "resample"  # of edges outside a circuit: resample, mean or zero
     fast: bool = False  # at most 8 prompts, a coarse grid and no CPR: about two minutes
     force: bool = False  # go on with a model that can not do the task
@@ -364,7 +365,7 @@ class Flags:
     device: str = "auto"  # auto, cpu, cuda or mps
 
     def __post_init__(self):
-        check(self, {"n per_decade": "at least 1", "ig_steps": "not negative", "qkv": "split | merged",
+        check(self, {"n per_decade": "at least 1", "qkv": "split | merged", "ranking": " | ".join(report.RANKINGS),
                      "task": " | ".join(tasks.NAMES), "ablation": "resample | mean | zero"})
         if self.fast:
             self.n, self.per_decade = min(self.n, 8), min(self.per_decade, 4)
@@ -396,7 +397,7 @@ def main(flags):
     print("{}: {} prompts of {} tokens, kept of {}; {}".format(task.name, *task.clean.shape, task.made, task.about))
     functions = SimpleNamespace(**{f.__name__: f for f in (
         record, head_patching, keep_heads, edge_scores, patch_edges, ablated, exact_edges, attention_maps,
-        token_edges)})
+        attend, contributions, gradients, token_edges)})
     studies = {name: report.Study(name, model, Graph(model.config, flags.qkv), flags, functions)
                for name, model in models.items()}
     for study in studies.values():

@@ -17,7 +17,7 @@
 # clean prompts. To *patch* an edge: run the clean prompt, but let v alone read of u what u writes
 # on the corrupt prompt. The change of M is the edge's *exact effect*.
 #
-# The solution is in `patching.py` and `plumbing/circuit_report.py`; look at them afterwards.
+# The solution is in `patching.py` and `plumbing/curves.py`; look at them afterwards.
 
 # %%
 import pathlib
@@ -32,7 +32,7 @@ import torch
 from exercises import checks
 from patching import Graph, ablated, attention_maps, edge_attribution, exact_edges, patch_edges, record
 from plumbing import tasks, tokens
-from plumbing.circuit_report import circuit, first_above
+from plumbing.curves import circuit, first_above
 from plumbing.copying import find_heads
 
 model = checks.load("copying_sparse")

@@ -18,7 +18,7 @@ import patching
 import sparse
 from geco import GECO
 from model import Transformer
-from plumbing import addition, circuit_report, copying, tasks
+from plumbing import addition, copying, curves, tasks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "out/exercises"
@@ -707,10 +707,10 @@ def strongest(yours, graph, scores):
         mine = yours(scores, graph.edges, n)
         assert mine.dtype == torch.bool and mine.shape == scores.shape, (
             "return bool (S, V), True on the edges that are kept")
-        right = circuit_report.circuit(graph, scores.abs(), n)  # without the edges that lead nowhere
+        right = curves.circuit(graph, scores.abs(), n)  # without the edges that lead nowhere
         outside = scores.abs()[graph.edges & ~mine].max()
         if (mine.sum() == n and not (mine & ~graph.edges).any() and scores.abs()[mine].min() >= outside
-                and torch.equal(circuit_report.prune(graph, mine), right)):
+                and torch.equal(curves.prune(graph, mine), right)):
             continue
         wrong = {name: torch.zeros_like(graph.edges) for name in ("largest", "smallest", "weakest")}
         for kept, value in zip(wrong.values(), (scores, -scores, -scores.abs())):

@@ -6,20 +6,21 @@ prompts, L layers, H heads, S sources, V destinations, E edges in the order of g
 """
 
 import os
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from plumbing import copying, figures, page, tokens
+from plumbing.curves import FRACTIONS, Curve, circuit, cpr, cumulative, explained_effect, grid, holding, trace
 from plumbing.flags import replace_text
+from plumbing.rerun import STEPS, rerun_scores
 from plumbing.tasks import CHARACTERS
 
 BATCH_TOKENS = 1024  # in one forward pass
 SMALL_GRAPH = 1000  # edges up to which each one's exact effect is measured, with SOME prompts
 SOME = 8
-FRACTIONS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1)  # of the edges, where CPR is measured
+RANKINGS = ("exact", "rerun", "eap-ig", "eap")  # ways to rank the edges of a circuit
 
 # -----------------------------------------------------------------------------
 # prompts and models
@@ -54,121 +55,18 @@ def check_models(flags, configs):
 
 
 # -----------------------------------------------------------------------------
-# curves
-
-
-def explained_effect(m, full, empty):
-    """(m - empty) / (full - empty), of metrics (N,) a ratio of means and not a mean of ratios."""
-    return ((m.mean() - empty.mean()) / (full.mean() - empty.mean())).item()
-
-
-def first_above(sizes, effect, level=0.9):
-    """The first of sizes from which effect stays at or above the level, as it does at the last."""
-    return sizes[max((i + 1 for i, value in enumerate(effect[:-1]) if value < level), default=0)]
-
-
-def between(sizes, effect, points=4):
-    """Sizes between first_above and the one before it, evenly in the logarithm."""
-    last = sizes.index(first_above(sizes, effect))
-    if last == 0:
-        return []
-    inner = np.geomspace(max(1, sizes[last - 1]), sizes[last], points + 2).round().astype(int)
-    return sorted({*inner.tolist()} - {*sizes})
-
-
-def grid(total, per_decade):
-    """Sizes from 1 to total, about per_decade in a factor of ten."""
-    exponents = np.arange(0, np.log10(total), 1 / per_decade)
-    return sorted({*(int(round(10**e)) for e in exponents), total})
-
-
-@dataclass
-class Curve:
-    """The metric when only some heads or edges are left."""
-
-    sizes: list  # how many are left
-    metrics: torch.Tensor  # (len(sizes), N)
-    full: torch.Tensor  # (N,) with all of them
-    empty: torch.Tensor  # (N,) with none
-
-    def effect(self, rows=slice(None)):
-        """Explained effect at each size, over these prompts."""
-        return [explained_effect(m[rows], self.full[rows], self.empty[rows]) for m in self.metrics]
-
-    def needed(self, rows=slice(None)):
-        return first_above(self.sizes, self.effect(rows))
-
-    def quartiles(self):
-        """Of each prompt's effect (2, len(sizes)); how many had a gap too small to divide by."""
-        gap = self.full - self.empty
-        wide = gap.abs() > 0.05 * gap.abs().mean()
-        effects = ((self.metrics - self.empty) / gap)[:, wide]
-        return effects.quantile(torch.tensor([0.25, 0.75]), dim=1), int((~wide).sum())
-
-
-def trace(sizes, run, full, empty):
-    """The Curve over sizes, and some more where it crosses 0.9; run(sizes) -> (len(sizes), N)."""
-    curve = Curve(sizes, run(sizes), full, empty)
-    if more := between(sizes, curve.effect()):
-        metrics = torch.cat([curve.metrics, run(more)])[torch.tensor(sizes + more).argsort()]
-        curve = Curve(sorted(sizes + more), metrics, full, empty)
-    return curve
-
-
-def cpr(effect):
-    """(CPR, CMD) of explained effects at FRACTIONS of the edges: the areas of f and of |1 - f|."""
-    f, x = np.asarray(effect, dtype=float), np.asarray(FRACTIONS)
-    return float(np.trapezoid(f, x)), float(np.trapezoid(abs(1 - f), x))
-
-
-def cumulative(scores):
-    """Share of the sum of |scores| (..., E) that its n largest hold, n = 1 .. E; float64."""
-    ordered = scores.abs().sort(-1, descending=True).values.double()
-    return ordered.cumsum(-1) / ordered.sum(-1, keepdim=True).clamp(min=1e-300)
-
-
-def holding(shares, level=0.9):
-    """How many of the largest hold the level, of cumulative shares (E,)."""
-    return int((shares < level).sum()) + 1
-
-
-# -----------------------------------------------------------------------------
-# circuits as sets of edges, bool (S, V)
-
-
-def circuit(graph, value, n):
-    """The n edges of largest value (S, V), pruned."""
-    edges = torch.zeros_like(graph.edges)
-    edges.view(-1)[value.where(graph.edges, -torch.inf).flatten().topk(n).indices] = True
-    return prune(graph, edges)
-
-
-def prune(graph, edges):
-    """The edges that lie on a path from the input to the logits."""
-    edges = edges & graph.edges
-    reads = [[graph.column[name] for name in names] for names in graph.reads.values()]
-    for u in range(1, len(reads)):  # a node that reads nothing writes nothing of its own
-        edges[u] &= edges[:, reads[u]].any()
-    useful = torch.arange(len(graph.destinations)) == graph.column["logits"]
-    for u in reversed(range(len(reads))):  # what nobody reads is of no use
-        edges[u] &= useful
-        if edges[u].any():
-            useful[reads[u]] = True
-    return edges
-
-
-# -----------------------------------------------------------------------------
 # one model on one task
 
 
 class Study:
     """A model's answers to all prompts of a task, and what they come to.
 
-    functions: record, head_patching, keep_heads, edge_scores, patch_edges, ablated of patching.py.
+    functions: patching.py, or a namespace of its functions.
     `check` leaves full and empty, the metric of clean and of corrupt prompts (N,), and accuracy.
-    `analyse` leaves numbers, for results.json; patched (N, L, H); heads {rank: Curve}; scores (N, E)
-    and their mean (S, V); edges, a Curve; shares, cumulative scores (E,) averaged in two ways; and the
-    circuits that hold 0.9, by_effect and by_score, bool (S, V).
+    `analyse` leaves numbers, for results.json; patched (N, L, H); heads {rank: Curve}; scores (N, E) by
+    EAP, the paper's, their mean eap (S, V), shares, cumulative scores (E,) averaged in two ways, and
+    by_score, bool (S, V), the edges that hold 0.9; mean (S, V), the scores by which --ranking ranks the
+    edges of circuits, edges, a Curve, and by_effect, the circuit of 0.9.
     """
 
     def __init__(self, name, model, graph, flags, functions):
@@ -227,11 +125,25 @@ class Study:
 
         return self.over_prompts(task, run, dim=1)
 
-    def score_edges(self, task, progress=None, ig_steps=None):
-        """(N, E)"""
-        steps = self.flags.ig_steps if ig_steps is None else ig_steps
-        return self.over_prompts(task, lambda rows, *batch: self.do.edge_scores(
-            self.model, self.graph, *batch, steps)[:, self.graph.edges], progress)
+    def score_edges(self, task, how="eap", progress=None):
+        """(N, E), by one of RANKINGS; exact: of the first prompts, in each row."""
+        if how == "exact":
+            def first(idx):
+                return idx[:SOME].to(self.flags.device)
+
+            effects = self.do.exact_edges(self.model, self.graph, first(task.clean), first(task.corrupt),
+                                          lambda logits: task.metric(logits, slice(0, SOME)))
+            return effects[self.graph.edges].expand(len(task.clean), -1)
+
+        def score(rows, clean, corrupt, metric):
+            if how == "rerun":
+                found = rerun_scores(self.do, self.model, self.graph, clean, corrupt, metric)
+            else:
+                steps = STEPS if how == "eap-ig" else 0
+                found = self.do.edge_scores(self.model, self.graph, clean, corrupt, metric, steps)
+            return found[:, self.graph.edges]
+
+        return self.over_prompts(task, score, progress)
 
     def square(self, scores):
         """Scores (E,) as (S, V)."""
@@ -269,8 +181,10 @@ class Study:
             self.heads[rank] = trace(sizes, lambda n: self.best_heads(task, place, n),
                                      self.full, self.empty)
 
-        graph, self.scores = self.graph, self.score_edges(task, "edges")
-        self.mean = self.square(self.scores.mean(0))
+        graph, how = self.graph, self.flags.ranking
+        self.scores = self.score_edges(task, progress="edges")
+        ranked = self.scores if how == "eap" else self.score_edges(task, how, "edges again")
+        self.eap, self.mean = self.square(self.scores.mean(0)), self.square(ranked.mean(0))
         if not self.mean.any():
             raise ValueError(
                 f"every edge of the {self.name} model has the score 0: only gates that open or close "
@@ -281,7 +195,7 @@ class Study:
                            lambda n: self.run_circuits(task, size, n, "circuits"), self.full, none)
         self.shares = cumulative(self.scores.mean(0)), cumulative(self.scores).mean(0)
         self.by_effect = circuit(graph, size, self.edges.needed())
-        self.by_score = circuit(graph, size, holding(self.shares[0]))
+        self.by_score = circuit(graph, self.eap.abs(), holding(self.shares[0]))
         self.numbers = self.count() | self.carried_over(second)
         if not self.flags.fast and len(graph) >= 1 / min(FRACTIONS):
             sizes = [round(fraction * len(graph)) for fraction in FRACTIONS]
@@ -293,19 +207,13 @@ class Study:
 
     def rankings(self, task, none):
         """{how edges are ranked: edges_for_0.9, spearman: rank correlation of |score| with |exact effect|}."""
-        def first(idx):
-            return idx[:SOME].to(self.flags.device)
-
-        exact = self.do.exact_edges(self.model, self.graph, first(task.clean), first(task.corrupt),
-                                    lambda logits: task.metric(logits, slice(0, SOME)))[self.graph.edges]
-        ranked, found = exact.abs().argsort().argsort().double(), {}
-        for name, scores in {"exact": exact, "EAP": self.score_edges(task, ig_steps=0).mean(0),
-                             "EAP-IG": self.score_edges(task, ig_steps=5).mean(0)}.items():
-            size = scores.abs()
+        sizes = {how: self.score_edges(task, how).mean(0).abs() for how in RANKINGS}
+        places, found = {how: size.argsort().argsort().double() for how, size in sizes.items()}, {}
+        for how, size in sizes.items():
             curve = trace(grid(len(self.graph), self.flags.per_decade),
                           lambda n: self.run_circuits(task, self.square(size), n), self.full, none)
-            both = torch.stack([ranked, size.argsort().argsort().double()])
-            found[name] = {"edges_for_0.9": curve.needed(), "spearman": both.corrcoef()[0, 1].item()}
+            both = torch.stack([places["exact"], places[how]])
+            found[how] = {"edges_for_0.9": curve.needed(), "spearman": both.corrcoef()[0, 1].item()}
         return found
 
     def count(self):

@@ -120,7 +120,7 @@ def draw_circuit(axis, name, study):
     for u, v in edges.nonzero().tolist():
         reader = graph.destinations[v].split("<")[0]
         link = place[graph.sources[u]], (place | groups)[reader]  # a group: its heads' middle
-        links[link] = links.get(link, 0) + study.mean[u, v].abs().item()
+        links[link] = links.get(link, 0) + study.eap[u, v].abs().item()
     strength = np.array(list(links.values())) / max(links.values(), default=1)
     axis.add_collection(LineCollection(list(links), colors=COLORS[name], capstyle="round",
                                        linewidths=0.3 + 2 * strength, alpha=0.05 + 0.85 * strength**0.5))

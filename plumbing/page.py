@@ -51,7 +51,7 @@ def describe(study, task, tok, maps, scores):
     pairs = T * (T + 1) // 2 if config.causal else T * T
     edges = [[*place, short(weight), short(score)] for place, weight, score in zip(
         kept.nonzero().tolist(), maps[kept].tolist(), scores[kept].tolist())]
-    circuit = zip(study.by_score.nonzero().tolist(), study.mean[study.by_score].tolist())
+    circuit = zip(study.by_score.nonzero().tolist(), study.eap[study.by_score].tolist())
     circuit = sorted(circuit, key=lambda link: -abs(link[1]))
     return {"color": figures.COLORS[study.name], "sparse": config.sparse,
             "gates": len(edges) if config.sparse else maps[..., 0, 0].numel() * pairs,

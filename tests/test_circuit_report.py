@@ -8,6 +8,7 @@ import torch
 import patching
 from model import Config, Transformer
 from plumbing import circuit_report as report
+from plumbing import curves
 from plumbing import tasks
 
 TOY = dict(block_size=11, vocab_size=13, n_layer=2, n_head=2, n_embd=16, causal=False, init_std=0.3)
@@ -18,7 +19,7 @@ def study(n=12, flags=(), **config):
     """A Study of a random gated model, checked but not analysed, and two draws of the addition task."""
     torch.manual_seed(0)
     model = Transformer(Config(**TOY | config, sparse=True, gate_bias=-0.1)).requires_grad_(False)
-    options = dict(task="addition", n=n, device="cpu", force=True, ig_steps=0, per_decade=3) | dict(flags)
+    options = dict(task="addition", n=n, device="cpu", force=True, ranking="eap", per_decade=3) | dict(flags)
     options = patching.Flags(**options)
     graph = patching.Graph(model.config, options.qkv)
     made = report.Study("sparse", model, graph, options, patching)
@@ -34,26 +35,26 @@ def study(n=12, flags=(), **config):
 def test_explained_effect():
     """A ratio of means, not a mean of ratios: full 1, empty 0, half way .5."""
     full, empty = torch.tensor([1.0, 5.0, 3.0]), torch.tensor([0.0, 1.0, -1.0])
-    assert float(report.explained_effect(full, full, empty)) == 1
-    assert float(report.explained_effect(empty, full, empty)) == 0
+    assert float(curves.explained_effect(full, full, empty)) == 1
+    assert float(curves.explained_effect(empty, full, empty)) == 0
     m = torch.tensor([1.0, 1.0, -1.0])  # ratios 1, 0, 0; of the means 1/3 over 3
-    assert float(report.explained_effect(m, full, empty)) == pytest.approx(1 / 9, rel=1e-5)
+    assert float(curves.explained_effect(m, full, empty)) == pytest.approx(1 / 9, rel=1e-5)
 
 
 @pytest.mark.parametrize("f, want", [([0.0] * 9 + [1.0], (0.25, 0.749)), ([1.0] * 10, (0.999, 0.0)),
                                      ([2.0] * 10, (1.998, 0.999))])
 def test_cpr_known_answers(f, want):
     """f = 0 but for f(1) = 1; f = 1; f = 2: the two areas to three digits."""
-    assert tuple(report.FRACTIONS) == (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1)
-    assert tuple(round(float(x), 3) for x in report.cpr(f)) == want
+    assert tuple(curves.FRACTIONS) == (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1)
+    assert tuple(round(float(x), 3) for x in curves.cpr(f)) == want
 
 
 def test_sizes_and_intervals():
-    assert report.grid(100, 1) == [1, 10, 100] and report.grid(46, 20)[-1] == 46
-    assert report.first_above([1, 10, 100], [0.95, 0.5, 1.0]) == 100  # from which it stays above
-    assert report.first_above([1, 10, 100], [0.95, 0.92, 0.91]) == 1
-    assert report.between([0, 1, 10, 100], [0, 0, 0.95, 1], points=2) == [2, 5]
-    assert report.between([1, 10], [0.95, 1]) == [] and report.between([0, 1], [0, 1]) == []
+    assert curves.grid(100, 1) == [1, 10, 100] and curves.grid(46, 20)[-1] == 46
+    assert curves.first_above([1, 10, 100], [0.95, 0.5, 1.0]) == 100  # from which it stays above
+    assert curves.first_above([1, 10, 100], [0.95, 0.92, 0.91]) == 1
+    assert curves.between([0, 1, 10, 100], [0, 0, 0.95, 1], points=2) == [2, 5]
+    assert curves.between([1, 10], [0.95, 1]) == [] and curves.between([0, 1], [0, 1]) == []
     assert report.interval([1.0] * 50 + [3.0] * 50) == [1.0, 3.0]
 
 
@@ -65,7 +66,7 @@ def test_a_curve_gets_more_sizes_where_it_crosses():
         asked.append(sizes)
         return torch.tensor([[min(1, size / 66), 2 * min(1, size / 66)] for size in sizes])
 
-    curve = report.trace([1, 10, 100], run, torch.tensor([1.0, 2.0]), torch.zeros(2))
+    curve = curves.trace([1, 10, 100], run, torch.tensor([1.0, 2.0]), torch.zeros(2))
     assert len(asked) == 2 and curve.sizes == sorted(asked[0] + asked[1])
     assert curve.needed() == min(size for size in curve.sizes if size / 66 >= 0.9) < 100
     assert curve.effect() == pytest.approx([min(1, size / 66) for size in curve.sizes])
@@ -74,15 +75,15 @@ def test_a_curve_gets_more_sizes_where_it_crosses():
 
 def test_quartiles_leave_out_prompts_without_an_effect():
     full, empty = torch.tensor([1.0, 1.0, 1.0, 0.01]), torch.zeros(4)
-    curve = report.Curve([1], torch.tensor([[0.0, 0.5, 1.0, 5.0]]), full, empty)
+    curve = curves.Curve([1], torch.tensor([[0.0, 0.5, 1.0, 5.0]]), full, empty)
     effects, left_out = curve.quartiles()
     assert effects.flatten().tolist() == [0.25, 0.75] and left_out == 1
 
 
 def test_cumulative_shares():
-    shares = report.cumulative(torch.tensor([[1.0, -5.0, 4.0], [0.0, 0.0, 0.0]]))
+    shares = curves.cumulative(torch.tensor([[1.0, -5.0, 4.0], [0.0, 0.0, 0.0]]))
     assert shares[0].tolist() == [0.5, 0.9, 1.0] and shares[1].tolist() == [0, 0, 0]
-    assert report.holding(shares[0]) == 2 and report.holding(shares[0], 0.95) == 3
+    assert curves.holding(shares[0]) == 2 and curves.holding(shares[0], 0.95) == 3
 
 
 # -----------------------------------------------------------------------------
@@ -121,7 +122,7 @@ def test_pruning_keeps_the_paths_from_input_to_logits(config, qkv):
     instead, changed = patching.ablated(model, corrupt), 0
     for share in (0.1, 0.2, 0.3, 0.5):
         edges = graph.edges & (torch.rand(graph.edges.shape) < share)
-        pruned = report.prune(graph, edges)
+        pruned = curves.prune(graph, edges)
         assert torch.equal(pruned, on_paths(graph, edges))
         whole, part = (patching.patch_edges(model, graph, clean, instead, e) for e in (edges, pruned))
         torch.testing.assert_close(part, whole, rtol=0, atol=1e-9)
@@ -134,9 +135,9 @@ def test_circuits_are_the_largest_edges():
     value = torch.rand(graph.edges.shape)
     value[graph.sources.index("input"), graph.column["logits"]] = 2
     value[~graph.edges] = 3  # pairs that are no edge do not count
-    assert report.circuit(graph, value, 1).nonzero().tolist() == [[0, graph.column["logits"]]]
-    assert not report.circuit(graph, value, 0).any()
-    assert torch.equal(report.circuit(graph, value, len(graph)), graph.edges)
+    assert curves.circuit(graph, value, 1).nonzero().tolist() == [[0, graph.column["logits"]]]
+    assert not curves.circuit(graph, value, 0).any()
+    assert torch.equal(curves.circuit(graph, value, len(graph)), graph.edges)
 
 
 # -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 import patching
 from model import Config, Transformer
 from plumbing import circuit_report as report
+from plumbing import curves
 from plumbing import page, tasks
 
 torch.set_num_threads(1)
@@ -33,11 +34,11 @@ def write(path, tok=tasks.Digits(), **config):
     sparse.load_state_dict(dense.state_dict())
     task, studies, maps, scores = tasks.make("addition", tasks.Digits(), 4), {}, {}, {}
     for name, model in (("dense", dense), ("sparse", sparse)):
-        graph, flags = patching.Graph(model.config), patching.Flags(task="addition", device="cpu", ig_steps=0)
+        graph, flags = patching.Graph(model.config), patching.Flags(task="addition", device="cpu")
         study = studies[name] = report.Study(name, model, graph, flags, patching)
-        study.mean = study.square(study.score_edges(task).mean(0))
-        shares = report.cumulative(study.mean[graph.edges])
-        study.by_score = report.circuit(graph, study.mean.abs(), report.holding(shares))
+        study.eap = study.square(study.score_edges(task).mean(0))
+        shares = curves.cumulative(study.eap[graph.edges])
+        study.by_score = curves.circuit(graph, study.eap.abs(), curves.holding(shares))
         maps[name] = patching.attention_maps(model, task.clean[:1])[0]
         scores[name] = patching.token_edges(model, task.clean[:1], task.corrupt[:1],
                                             lambda logits: task.metric(logits, slice(0, 1)))[0]
@@ -88,7 +89,7 @@ def test_the_head_graph_is_the_circuit_by_score(tmp_path, monkeypatch):
         want = {(graph.sources[u], graph.destinations[v]) for u, v in study.by_score.nonzero().tolist()}
         assert {(u, v) for u, v, _ in model["graph"]} == want and model["circuit"] == len(want) > 3
         for u, v, score in model["graph"]:
-            exact = study.mean[graph.sources.index(u), graph.column[v]].item()
+            exact = study.eap[graph.sources.index(u), graph.column[v]].item()
             assert score == pytest.approx(exact, rel=0.005)
         readers = {"logits", *(reader for all in data["reads"].values() for reader in all)}
         assert {v for _, v in want} <= readers and {u for u, _ in want} <= data["reads"].keys()

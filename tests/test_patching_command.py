@@ -37,7 +37,7 @@ def run(pair, out, *flags):
 
 
 def test_it_writes_results_edges_and_figures(pair, tmp_path, capsys):
-    run(pair, tmp_path / "out", "--n", "12", "--per-decade", "3", "--force", "--ig-steps", "2")
+    run(pair, tmp_path / "out", "--n", "12", "--per-decade", "3", "--force", "--ranking", "eap-ig")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     for name in ("dense", "sparse"):
         r = results[name]
@@ -84,7 +84,7 @@ def test_a_model_of_nan_is_refused_even_with_force(pair, tmp_path):
     (["--n", "12", "--qkv", "both"], "--qkv must be one of split, merged"),
     (["--n", "12", "--ablation", "half"], "--ablation must be one of resample, mean, zero"),
     (["--n", "12", "--task", "chess"], "--task must be one of ioi, greater-than, induction, addition"),
-    (["--n", "12", "--ig-steps", "-1"], "--ig-steps must be not negative"),
+    (["--n", "12", "--ranking", "best"], "--ranking must be one of exact, rerun, eap-ig, eap"),
     (["--n", "10000000", "--force"], "addition|prompts"),
     (["--n", "12", "--task", "ioi", "--tokenizer", "gpt3"], "unknown tokenizer"),
     (["--n", "12", "--sparse", "dense"], "has no gates"),
@@ -137,10 +137,10 @@ def test_without_flags_it_opens_the_demo(demo, capsys):
     assert 0 < story["induction_right"] < 1 and set(story["heads"]) == {"previous token", "induction"}
     for name in ("dense", "sparse"):
         ranked = results[name]["rankings"]
-        assert ranked.keys() == {"exact", "EAP", "EAP-IG"} and ranked["exact"]["spearman"] == pytest.approx(1)
-        assert 0 < ranked["EAP"]["spearman"] < 1 and 1 <= ranked["EAP"]["edges_for_0.9"] <= 46
+        assert ranked.keys() == {"exact", "rerun", "eap-ig", "eap"} and ranked["exact"]["spearman"] == pytest.approx(1)
+        assert 0 < ranked["eap"]["spearman"] < 1 and 1 <= ranked["eap"]["edges_for_0.9"] <= 46
     printed = capsys.readouterr().out
-    assert "What the gates of the sparse model say" in printed and "edges_for_0.9 by EAP-IG" in printed
+    assert "What the gates of the sparse model say" in printed and "edges_for_0.9 by eap-ig" in printed
     assert open("out/patching-induction/copying.png", "rb").read(4) == b"\x89PNG"
 
 
