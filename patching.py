@@ -350,7 +350,7 @@ class Flags:
     sparse: str = "out/scratch"  # a folder or checkpoint of train.py
     control: str | None = None  # the dense control, to show between them; default SPARSE/control
     adapter: str | None = None  # adapter.safetensors on top of --sparse
-    task: str = "induction"  # ioi, greater-than, induction or addition
+    task: str = "induction"  # ioi, greater-than, induction, bracket or addition
     corrupt: str | None = None  # which corruption of the task, see plumbing/tasks.py
     n: int = 32  # prompts
     out: str | None = None  # folder for results.json, edges.csv and the figures

@@ -9,6 +9,7 @@ Prompt pairs for circuit analysis: a clean prompt, a corrupt one of equal length
 ioi            When Mary and John went to the park, John gave a ball to -> Mary, not John
 greater-than   The war lasted from the year 1737 to the year 17 -> 38 or more; or its next digit
 induction      random tokens, then the same again -> the token that came next the first time
+bracket        size = [index -> ], not )
 addition       36+28=????? -> 00064, the problems that addition_toy.py learns
 
 Prompts are drawn at random and checked with their tokenizer, until n of them have the same length.
@@ -125,6 +126,11 @@ def above_the_rest(choices):
     return score
 
 
+def logit_difference(logits, right, wrong):
+    """Of logits (n, vocab) and ids (n,): (n,)."""
+    return (logits.gather(1, right[:, None]) - logits.gather(1, wrong[:, None]))[:, 0]
+
+
 def share_right(logits, answers):
     return (logits.argmax(-1) == answers).float().mean(1)
 
@@ -175,10 +181,7 @@ def ioi(tok, n, draws, corrupt):
 
     (clean, other, io, s), made = collect("ioi", n, draw)
 
-    def difference(logits, io, s):
-        return (logits.gather(1, io[:, None]) - logits.gather(1, s[:, None]))[:, 0]
-
-    metric = scored(difference, -1, io, s)
+    metric = scored(logit_difference, -1, io, s)
     change = {"abc": "all names become three fresh ones",
               "flip": "the second mention is of the indirect object (IO), not of the subject (S)"}
     return Task("ioi", clean, other, metric, exceeds(metric, 0), 0.75, "logit difference", made,
@@ -270,6 +273,32 @@ def induction(tok, n, draws, corrupt, length=16):
 
 
 # -----------------------------------------------------------------------------
+# bracket: which one is open?
+
+WORDS = """value key default start stop step sequence iterable object index string count name args other
+size encoding errors sep maxsplit""".split()
+
+
+def bracket(tok, n, draws, corrupt):
+    closing = [encode(tok, close) for close in ")]"]
+    if max(map(len, closing)) > 1:
+        raise ValueError(f"bracket needs ) and ] to be one token each, which they are not for {tok.name}")
+
+    def draw():
+        (left, right), kind = draws.sample(WORDS, 2), draws.randrange(2)
+        template = draws.choice(["{} = {}{}", ">>> {}{}{}"])
+        clean, other = (begin(tok) + encode(tok, template.format(left, "(["[k], right)) for k in (kind, 1 - kind))
+        differ = [i for i, j in zip(clean, other) if i != j]
+        return (clean, other, closing[kind][0], closing[1 - kind][0]) if len(differ) == 1 else None
+
+    (clean, other, right, wrong), made = collect("bracket", n, draw)
+    metric = scored(logit_difference, -1, right, wrong)
+    return Task("bracket", clean, other, metric, exceeds(metric, 0), 0.75, "logit difference", made,
+                "corrupt: the other bracket is open; metric: logit of the closing one that fits minus "
+                "logit of the other, last token")
+
+
+# -----------------------------------------------------------------------------
 # addition: the 10,000 problems of two-digit numbers, which addition_toy.py learns
 
 CHARACTERS = "0123456789+=?"
@@ -314,7 +343,8 @@ def addition(tok, n, draws, corrupt):
                 "the mean of the other nine, mean of the five answer places")
 
 
-GENERATORS = {"ioi": ioi, "greater-than": greater_than, "induction": induction, "addition": addition}
+GENERATORS = {"ioi": ioi, "greater-than": greater_than, "induction": induction, "bracket": bracket,
+              "addition": addition}
 NAMES = tuple(GENERATORS)
 CORRUPTIONS = {"ioi": ("abc", "flip"), "greater-than": ("01",), "induction": ("random",),
-               "addition": ("digit",)}
+               "bracket": ("other",), "addition": ("digit",)}

@@ -83,7 +83,7 @@ def test_a_model_of_nan_is_refused_even_with_force(pair, tmp_path):
     (["--n", "12"], "right on 0% of the addition prompts, below 90%.*--force"),
     (["--n", "12", "--qkv", "both"], "--qkv must be one of split, merged"),
     (["--n", "12", "--ablation", "half"], "--ablation must be one of resample, mean, zero"),
-    (["--n", "12", "--task", "chess"], "--task must be one of ioi, greater-than, induction, addition"),
+    (["--n", "12", "--task", "chess"], "--task must be one of ioi, greater-than, induction, bracket, addition"),
     (["--n", "12", "--ranking", "best"], "--ranking must be one of exact, rerun, eap-ig, eap"),
     (["--n", "10000000", "--force"], "addition|prompts"),
     (["--n", "12", "--task", "ioi", "--tokenizer", "gpt3"], "unknown tokenizer"),

@@ -78,7 +78,7 @@ def refused(match, *args, **options):
 def every(n=20, seed=0):
     for name, tok in (("ioi", Words()), ("greater-than", Words()), ("greater-than", Digits()),
                       ("greater-than", BYTES), ("induction", Closed()), ("induction", BYTES),
-                      ("addition", tasks.Digits())):
+                      ("bracket", BYTES), ("addition", tasks.Digits())):
         more = {"length": 5} if tok.name == "closed" else {}
         for corrupt in tasks.CORRUPTIONS[name]:
             yield tok, tasks.make(name, tok, n, seed, corrupt, **more)
@@ -89,7 +89,7 @@ def every(n=20, seed=0):
 
 
 def test_shapes_counts_and_no_prompt_twice():
-    assert tasks.NAMES == ("ioi", "greater-than", "induction", "addition")
+    assert tasks.NAMES == ("ioi", "greater-than", "induction", "bracket", "addition")
     for tok, task in every():
         assert task.clean.shape == task.corrupt.shape and len(task.clean) == 20
         assert task.clean.dtype == task.corrupt.dtype == torch.int64 and task.made >= 20
@@ -282,6 +282,19 @@ def test_addition_metric():
     logits[2, 8, :10] = logits[2, 8, :10].roll(1)  # one wrong digit: 0 there, 3 at one of nine
     assert task.correct(logits).tolist() == [True, True, False, True, True, True]
     assert torch.allclose(task.metric(logits)[2], torch.tensor((4 * 3.0 + (0 - 3 / 9)) / 5))
+
+
+def test_bracket_prompts_and_metric():
+    task = tasks.make("bracket", BYTES, 40)
+    pairs = {"(": ")", "[": "]"}
+    for n, (clean, corrupt) in enumerate(zip(texts(BYTES, task.clean), texts(BYTES, task.corrupt))):
+        opened, = set(clean) & set(pairs)
+        assert corrupt == clean.replace(opened, "([".replace(opened, "")) and not set(clean) & set(")]")
+        logits = torch.zeros(1, len(clean), 257)
+        logits[0, -1, ord(pairs[opened])] = 2.0
+        assert task.metric(logits, slice(n, n + 1)).item() == 2 and task.correct(logits, slice(n, n + 1)).all()
+    refused(r"bracket needs \) and \] to be one token each", "bracket", type("Two", (), {
+        "name": "two", "bos": None, "encode": lambda self, text: [0, 1]})(), 5)
 
 
 # -----------------------------------------------------------------------------
