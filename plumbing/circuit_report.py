@@ -64,9 +64,8 @@ class Study:
     functions: patching.py, or a namespace of its functions.
     `check` leaves full and empty, the metric of clean and of corrupt prompts (N,), and accuracy.
     `analyse` leaves numbers, for results.json; patched (N, L, H); heads {rank: Curve}; scores (N, E) by
-    EAP, the paper's, their mean eap (S, V), shares, cumulative scores (E,) averaged in two ways, and
-    by_score, bool (S, V), the edges that hold 0.9; mean (S, V), the scores by which --ranking ranks the
-    edges of circuits, edges, a Curve, and by_effect, the circuit of 0.9.
+    EAP, the paper's, and shares, cumulative ones (E,) averaged in two ways; mean (S, V), the scores by
+    which --ranking ranks edges; edges, the Curve of their circuits, and by_effect, bool (S, V), the one of 0.9.
     """
 
     def __init__(self, name, model, graph, flags, functions):
@@ -184,7 +183,7 @@ class Study:
         graph, how = self.graph, self.flags.ranking
         self.scores = self.score_edges(task, progress="edges")
         ranked = self.scores if how == "eap" else self.score_edges(task, how, "edges again")
-        self.eap, self.mean = self.square(self.scores.mean(0)), self.square(ranked.mean(0))
+        self.mean = self.square(ranked.mean(0))
         if not self.mean.any():
             raise ValueError(
                 f"every edge of the {self.name} model has the score 0: only gates that open or close "
@@ -195,7 +194,6 @@ class Study:
                            lambda n: self.run_circuits(task, size, n, "circuits"), self.full, none)
         self.shares = cumulative(self.scores.mean(0)), cumulative(self.scores).mean(0)
         self.by_effect = circuit(graph, size, self.edges.needed())
-        self.by_score = circuit(graph, self.eap.abs(), holding(self.shares[0]))
         self.numbers = self.count() | self.carried_over(second)
         if not self.flags.fast and len(graph) >= 1 / min(FRACTIONS):
             sizes = [round(fraction * len(graph)) for fraction in FRACTIONS]

@@ -101,7 +101,7 @@ def draw_edges(studies, results, path):
 
 
 def draw_circuits(studies, path):
-    """Figure 4b: the heads and MLPs of the edges that hold 0.9 of the sum of |scores|, as a grid."""
+    """As Figure 4b, but by effect: heads and MLPs of the edges that explain 0.9 of it, as a grid."""
     figure = Figure(figsize=(5 * len(studies), 5), layout="constrained")
     for axis, (name, study) in zip(figure.subplots(1, len(studies)), studies.items()):
         draw_circuit(axis, name, study)
@@ -110,17 +110,17 @@ def draw_circuits(studies, path):
 
 def draw_circuit(axis, name, study):
     """The head graph of one model: who writes to whom, layers upward; grey: in no such edge."""
-    graph, edges, size = study.graph, study.by_score, study.graph.group
+    graph, edges, size = study.graph, study.by_effect, study.graph.group
     L, H = graph.config.n_layer, graph.config.n_head
     place = {"input": ((H - 1) / 2, -1), "logits": ((H - 1) / 2, L)}  # x, y
     place |= {f"m{l}": (H, l + 0.35) for l in range(L)}
     place |= {f"a{l}.h{h}": (h, l) for l in range(L) for h in range(H)}
     groups = {f"a{l}.g{g}": ((g + 0.5) * size - 0.5, l) for l in range(L) for g in range(H // size)}
-    links = {}  # (place, place): sum of |scores|
+    links = {}  # (place, place): sum of |scores| by --ranking
     for u, v in edges.nonzero().tolist():
         reader = graph.destinations[v].split("<")[0]
         link = place[graph.sources[u]], (place | groups)[reader]  # a group: its heads' middle
-        links[link] = links.get(link, 0) + study.eap[u, v].abs().item()
+        links[link] = links.get(link, 0) + study.mean[u, v].abs().item()
     strength = np.array(list(links.values())) / max(links.values(), default=1)
     axis.add_collection(LineCollection(list(links), colors=COLORS[name], capstyle="round",
                                        linewidths=0.3 + 2 * strength, alpha=0.05 + 0.85 * strength**0.5))
@@ -130,7 +130,7 @@ def draw_circuit(axis, name, study):
         axis.plot(x, y, "s" if node[0] == "m" else "o", color="black" if used else "0.85",
                   markersize=min(12, max(2, 60 / max(L, H))) * (1 if used else 0.5), zorder=3)
     kinds = [node[0] for node in kept]
-    axis.set(title=f"{name}: 0.9 of the sum of |scores| in\n{int(edges.sum()):,} edges, "
+    axis.set(title=f"{name}: 0.9 of the effect in\n{int(edges.sum()):,} edges, "
                    f"{kinds.count('a')} heads, {kinds.count('m')} MLPs", xlim=(-0.7, H + 0.5),
              ylim=(-1.6, L + 0.6), xlabel="head (right: MLP)",
              ylabel="layer (bottom: embedding, top: logits)",

@@ -7,8 +7,8 @@ destinations each head or MLP reads; and of each model
     gates  how many gates are open: in a dense model all of them
     edges  [layer, head, to, from, weight A a, score of token_edges]: all open gates of a sparse
            model; of a dense one, where nothing is ever shut, those whose weight is at least FAINT
-    graph  [source, destination, score], the strongest first: of the edges that hold 0.9 of
-           the sum of |scores| at most MOST; circuit is how many they are
+    graph  [source, destination, score], the strongest first: of the edges that explain 0.9 of
+           the effect at most MOST; circuit is how many they are
 """
 
 import json
@@ -51,7 +51,7 @@ def describe(study, task, tok, maps, scores):
     pairs = T * (T + 1) // 2 if config.causal else T * T
     edges = [[*place, short(weight), short(score)] for place, weight, score in zip(
         kept.nonzero().tolist(), maps[kept].tolist(), scores[kept].tolist())]
-    circuit = zip(study.by_score.nonzero().tolist(), study.eap[study.by_score].tolist())
+    circuit = zip(study.by_effect.nonzero().tolist(), study.mean[study.by_effect].tolist())
     circuit = sorted(circuit, key=lambda link: -abs(link[1]))
     return {"color": figures.COLORS[study.name], "sparse": config.sparse,
             "gates": len(edges) if config.sparse else maps[..., 0, 0].numel() * pairs,

@@ -36,9 +36,9 @@ def write(path, tok=tasks.Digits(), **config):
     for name, model in (("dense", dense), ("sparse", sparse)):
         graph, flags = patching.Graph(model.config), patching.Flags(task="addition", device="cpu")
         study = studies[name] = report.Study(name, model, graph, flags, patching)
-        study.eap = study.square(study.score_edges(task).mean(0))
-        shares = curves.cumulative(study.eap[graph.edges])
-        study.by_score = curves.circuit(graph, study.eap.abs(), curves.holding(shares))
+        study.mean = study.square(study.score_edges(task).mean(0))
+        shares = curves.cumulative(study.mean[graph.edges])
+        study.by_effect = curves.circuit(graph, study.mean.abs(), curves.holding(shares))
         maps[name] = patching.attention_maps(model, task.clean[:1])[0]
         scores[name] = patching.token_edges(model, task.clean[:1], task.corrupt[:1],
                                             lambda logits: task.metric(logits, slice(0, 1)))[0]
@@ -82,14 +82,14 @@ def test_a_dense_model_s_faint_edges_are_left_out_and_the_page_says_so(tmp_path)
     assert "Math.log(data.shown)" in text  # where the slider starts
 
 
-def test_the_head_graph_is_the_circuit_by_score(tmp_path, monkeypatch):
+def test_the_head_graph_is_the_circuit_by_effect(tmp_path, monkeypatch):
     _, data, studies, *_ = write(tmp_path / "circuit.html")
     for name, study in studies.items():
         model, graph = data["models"][name], study.graph
-        want = {(graph.sources[u], graph.destinations[v]) for u, v in study.by_score.nonzero().tolist()}
+        want = {(graph.sources[u], graph.destinations[v]) for u, v in study.by_effect.nonzero().tolist()}
         assert {(u, v) for u, v, _ in model["graph"]} == want and model["circuit"] == len(want) > 3
         for u, v, score in model["graph"]:
-            exact = study.eap[graph.sources.index(u), graph.column[v]].item()
+            exact = study.mean[graph.sources.index(u), graph.column[v]].item()
             assert score == pytest.approx(exact, rel=0.005)
         readers = {"logits", *(reader for all in data["reads"].values() for reader in all)}
         assert {v for _, v in want} <= readers and {u for u, _ in want} <= data["reads"].keys()
