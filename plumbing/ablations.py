@@ -1,6 +1,6 @@
 """What the choices of train.py are worth: small models that copy, three seeds, one change at a time.
 
-    python -m plumbing.ablations        two layers, width 64, context 64; 40 minutes on one CPU core
+    python -m plumbing.ablations        two layers, width 64, context 64; half an hour on one CPU core
 
 From one dense base and its control a seed, each variant is post-trained as train.py does it but for one
 thing. A run goes on where it was stopped: what is finished in --out is not done again.
@@ -28,7 +28,7 @@ from plumbing.flags import check, open_folder, run, write_results
 class Flags:
     out: str = "out/ablations"  # folder for the runs and results.json
     seeds: int = 3  # 0, 1, ...
-    steps: int = 1000  # of the sparse model and of the control
+    steps: int = 600  # of the sparse model and of the control
     dense_steps: int = 3000  # of the dense base
 
     def __post_init__(self):
