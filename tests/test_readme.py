@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import statistics
 
 import pytest
 
@@ -133,9 +134,46 @@ def test_the_copying_tables_are_the_result_files():
         assert f"{story[share]:.0%} of " in README.replace("\n", " ")
 
 
+def demos():
+    """[(results of the demo, of its circuit)], a pair a seed."""
+    folders = ["demo"] + [f"demo/seed{n}" for n in range(1, 9) if os.path.isdir(os.path.join(ROOT, f"results/demo/seed{n}"))]
+    return [(results(folder), results(f"{folder}/circuit")) for folder in folders]
+
+
+def test_the_table_of_the_rankings_is_the_result_files():
+    for run, circuit in demos():
+        dense, sparse = (circuit[name]["rankings"] for name in ("dense", "sparse"))
+        cells = [f"{dense[how]['edges_for_0.9']} / {sparse[how]['edges_for_0.9']}"
+                 + f" ({dense[how]['spearman']:.2f}, {sparse[how]['spearman']:.2f})" * (how != "exact")
+                 for how in ("exact", "rerun", "eap-ig", "eap")]
+        row = f"| {run['flags']['seed']} | " + " | ".join(cells) + " |"
+        assert row in README, row
+
+
+def test_the_table_of_ablations_is_the_result_file():
+    for name, values in results("ablations")["variants"].items():
+        cells = [f"{statistics.mean(x):{f}} ({min(x):{f}} to {max(x):{f}})"
+                 for f, x in zip((".2%", ".3f", ".0%"), values.values())]
+        row = f"| {name} | " + " | ".join(cells) + " |"
+        assert row in README, row
+
+
+def test_the_larger_model_is_the_result_files():
+    r, page = results("copying-large"), " ".join(README.split())
+    above = r["ce_sparse"] - r["ce_dense_control"]
+    assert f"{r['open_frac']:.2%} of its edges stay open, {above:.3f} above its control" in page
+    for task in ("induction", "bracket"):
+        c = results(f"copying-large/{task}")
+        cells = [f"{c['dense'][key]:,} / {c['sparse'][key]:,} = {c['ratio'][key]:.1f}" for key in (
+            "edges_for_0.9_cumulative_mean_of_curves", "edges_for_0.9_cumulative", "edges_for_0.9")]
+        low, high = c["interval"]["edges_for_0.9"]
+        row = f"| {task} | " + " | ".join(cells) + f" ({low:.2g} to {high:.2g}) |"
+        assert row in README, row
+
+
 def test_the_table_of_the_demo_s_seeds_is_the_result_files():
     rows = re.findall(r"^\| (\d) \| (\S+)% \| (\S+) \| (\d+), (\d+) \|(.*)$", README, re.M)
-    assert rows and [int(row[0]) for row in rows] == [*range(len(rows))]
+    assert [int(row[0]) for row in rows] == [r["flags"]["seed"] for r, _ in demos()]
     for seed, share, above, dense, sparse, ratios in rows:
         folder = "demo" if seed == "0" else f"demo/seed{seed}"
         r, c = results(folder), results(f"{folder}/circuit")
@@ -163,16 +201,19 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
         return (f"{r['edges_for_0.9_cumulative_mean_of_curves']:.1f}, {r['edges_for_0.9_cumulative']:.1f}; "
                 f"by effect {r['edges_for_0.9']:.1f}")
 
-    three = [results(f"demo/{seed}circuit") for seed in ("", "seed1/", "seed2/")]
-    by_score = ", ".join(f"{c['ratio']['edges_for_0.9']:.1f}" for c in three)
-    exact_ranking = [[c[model]["rankings"]["exact"]["edges_for_0.9"] for model in ("dense", "sparse")] for c in three]
-    by_exact = ", ".join(f"{dense / sparse:.1f}" for dense, sparse in exact_ranking)
+    def range_of(values, f=".1f"):
+        return f"{min(values):{f}} to {max(values):{f}}"
+
+    circuits = [circuit for _, circuit in demos()]
+    each, averaged, by_effect = (range_of([c["ratio"][key] for c in circuits]) for key in (
+        "edges_for_0.9_cumulative_mean_of_curves", "edges_for_0.9_cumulative", "edges_for_0.9"))
+    shares = range_of([r["open_frac"] for r, _ in demos()], ".2%")
+    gaps = range_of([r["ce_sparse"] - r["ce_dense_control"] for r, _ in demos()], ".3f")
     english, smollm2 = results("english/sparse"), results("smollm2")
     for text in (
             f"{min(edges):.2f} to {max(edges):.2f} of 242 edges stay open, and {exact:.2%} of all",
             f"| {min(edges):.2f} to {max(edges):.2f} of 242, 10 seeds, {exact:.2%} exact |",
             f"{edges[0]:.2f} edges a problem",
-            f"{by_score} on three seeds by EAP-IG, {by_exact} by exact effects",
             f"{demo['open_frac']:.2%} of its edges stay open, {above:.3f} nats above its control",
             f"copies {100 * min(demo['copying_sparse'].values()):.0f}% and more",
             f"from 0) reads the token before, in {story['previous_token_open']:.0%}",
@@ -182,10 +223,11 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
             f"| {minutes:.0f}, one CPU core | {demo['open_frac']:.2%} open, test CE {demo['ce_sparse']:.3f}, "
             f"control {demo['ce_dense_control']:.3f} |",
             f"| {results('circuits/ioi')['seconds'] / 60:.0f} for SmolLM2",
-            f"| copying model {demo['open_frac']:.2%}, {above:.3f} nats above its control |",
+            f"| copying model {shares}, {gaps} nats above its control, {len(circuits)} seeds |",
             f"English bytes {english['open_frac']:.2%}, {english['ce_sparse'] - english['ce_dense_control']:.3f} above",
             f"SmolLM2-135M {smollm2['open_frac']:.2%}, {smollm2['ce_sparse'] - smollm2['ce_dense_control']:.2f} above",
-            f"| copying model {ratios('demo/circuit')} |", f"| SmolLM2 {ratios('circuits/ioi')} |",
+            f"| copying model {each}, {averaged}; by effect {by_effect} |",
+            f"| 8 layers of 8 heads {ratios('copying-large/induction')} |", f"| SmolLM2 {ratios('circuits/ioi')} |",
             f"| SmolLM2 {ratios('circuits/greater-than')} |"):
         assert text in page, text
 
