@@ -84,15 +84,13 @@ def draw_edges(studies, results, path):
     for name, study in studies.items():
         left.plot(study.edges.sizes, study.edges.effect(), "o-", markersize=3, color=COLORS[name],
                   label=f"{name}, of {len(study.graph):,}")
-        for shares, line, averaged in zip(study.shares, (":", "-"), (
-                "scores averaged first", "mean of sentences' curves")):
-            right.plot(range(1, len(shares) + 1), shares.numpy(), line, color=COLORS[name],
-                       label=f"{name}, {averaged}")
+        for shares, line, label in zip(study.shares, (":", "-"), (None, name)):
+            right.plot(range(1, len(shares) + 1), shares.numpy(), line, color=COLORS[name], label=label)
     ratio, (low, high) = results["ratio"], results["interval"]["edges_for_0.9"]
-    title = f"dense needs {ratio['edges_for_0.9']:.1f}x edges for 0.9 ({low:.2g} to {high:.2g})"
-    left.set(title=title, xlabel="edges in the circuit, before pruning", xscale="log")
-    right.set(title=f"dense needs {ratio['edges_for_0.9_cumulative']:.1f}x edges (dotted), "
-                    f"{ratio['edges_for_0.9_cumulative_mean_of_curves']:.1f}x (solid)",
+    left.set(title=f"for 0.9 dense needs {ratio['edges_for_0.9']:.1f}x edges\n({low:.2g} to {high:.2g})",
+             xlabel="edges in the circuit, before pruning", xscale="log")
+    right.set(title=f"for 0.9 dense needs {ratio['edges_for_0.9_cumulative']:.1f}x, scores averaged first (dotted),\n"
+                    f"{ratio['edges_for_0.9_cumulative_mean_of_curves']:.1f}x, curves of each sentence (solid)",
               xlabel="edges", ylabel="share of the sum of |scores|", ylim=(0, 1.05), xscale="log")
     effect_axis(left, [study.edges for study in studies.values()])
     right.axhline(0.9, color="black", linewidth=0.8, linestyle=":")
@@ -180,7 +178,7 @@ def draw_copying(studies, maps, heads, labels, path):
             axis.set_yticks(range(len(labels)), labels, fontsize=7)
             axis.set(xlabel="reads from this token", ylabel="this token")
         draw_circuit(row[2], name, studies[name])
-    figure.colorbar(image, ax=axes[:, :2], label="attention weight after the gate; white: shut", shrink=0.5,
+    figure.colorbar(image, ax=axes[:, :2], label="attention weight after the gate; white: 0", shrink=0.5,
                     location="left")
     save_figure(figure, path)
 
