@@ -130,6 +130,10 @@ def test_the_copying_tables_are_the_result_files():
     story = circuit["copying"]["story"]
     for name, (opened, shut) in zip(("the token after the last occurrence", "another"), story["table"]):
         assert f"| {name} | {opened:.1f} | {shut:.1f} |" in README
+    cut = circuit["copying"]["surgery"]
+    for cases in zip(cut["dense"].values(), cut["sparse"].values()):
+        cells = [f"{100 * statistics.mean(case['copying'].values()):.0f} | {case['ce_text']:.3f}" for case in cases]
+        assert f" | {' | '.join(cells)} |\n" in README, cells
     for share in ("previous_token_open", "induction_open", "induction_right"):
         assert f"{story[share]:.0%} of " in README.replace("\n", " ")
 
@@ -193,7 +197,7 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
     demo, circuit = results("demo"), results("demo/circuit")
     story, cut = circuit["copying"]["story"], list(circuit["copying"]["surgery"]["sparse"].values())
     above = demo["ce_sparse"] - demo["ce_dense_control"]
-    minutes = sum(results(name)["training_seconds"] for name in ("demo/dense", "demo/control", "demo")) / 60
+    minutes = sum(results(name)["training_seconds"] for name in ("demo/seed3/dense", "demo/seed3/control", "demo/seed3")) / 60
     left = [100 * sum(case["copying"].values()) / len(case["copying"]) for case in cut]
 
     def ratios(name):
