@@ -214,9 +214,9 @@ for name, trace in (("no bound on lambda", free), ("h at most log 20", bounded))
 # %% [markdown]
 # Two things went wrong without a bound. While tau was out of reach the penalty had no say at all,
 # and afterwards the multiplier had to walk all the way back. Control engineers call it *windup*. A
-# bound on h is all that it takes (lambda = exp(h + kp e) can still be above it for a moment). In this project lambda is bounded so low in language models that
-# the penalty keeps 40% of the loss (the docstring of `GECO`): edges leave even when tau was set too
-# low by mistake.
+# bound on h is all that it takes (lambda = exp(h + kp e) is above it by a factor of up to exp(kp)
+# while tau is violated). In this project lambda is bounded so low in language models that the penalty
+# keeps 40% of the loss (the docstring of `GECO`): edges leave even when tau was set too low by mistake.
 
 # %%
 figure, axes = plt.subplots(2, 2, figsize=(12, 6.5), layout="constrained", sharex="col")

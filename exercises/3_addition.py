@@ -139,7 +139,7 @@ print(f"layer {l}: {NAMES[i]} <- {NAMES[j]}, open in {with_carry:.1%} of the pro
 #
 # So far it is a correlation. Now change nothing but this gate, and see whether the sum changes.
 # What head h at position i has read is z_i = sum_j A_ij a_ij v_j, and it comes by at the tap
-# `h1.attn.z` (N, T, heads, D), just after q, k and v. Setting A_ij by hand changes one term of the
+# `h{l}.attn.z` (N, T, heads, D), just after q, k and v. Setting A_ij by hand changes one term of the
 # sum, at one position, and nothing else.
 
 
@@ -200,7 +200,7 @@ for name, rows in (("with a carry", has_carry[some]), ("without", ~has_carry[som
 # %% [markdown]
 # **The surprise:** an edge that tells a carry from none has three parts, and any of them can be the message.
 # The *gate*: open or shut. The *weight* a_ij: gate and softmax share a logit, so where the gate is
-# shut the weight is often low as well, and forcing the gate open lets little through. The *value*
+# shut the weight is often low as well, and forcing the gate open lets less through. The *value*
 # v_j: what j writes can itself be "carry" or "no carry", and then an edge opened by hand tells the
 # truth, and does no harm.
 #

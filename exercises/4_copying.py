@@ -175,7 +175,7 @@ checks.effects(effects, sparse, idx)
 
 # %% [markdown]
 # **Predict first:** in the dense model, which of these heads will you find by looking at the
-# attention maps: how many put more than a tenth of their weight on the token before, and how many
+# attention maps? How many put more than a tenth of their weight on the token before, and how many
 # of those matter?
 
 # %%

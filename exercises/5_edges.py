@@ -45,6 +45,7 @@ previous, induction = ("a{}.h{}".format(*heads[role]) for role in ("previous tok
 print(f"{len(graph.sources)} sources, {len(graph.destinations)} destinations, {len(graph)} edges")
 print(f"M {full.mean():.2f} on clean prompts, {empty.mean():.2f} on corrupt ones")
 print(f"most weight on the token before: {previous}; on what came next the last time: {induction}")
+# this model has two induction heads: exercise 4 took the one with the best fit, here it is the one with most weight
 
 # %% [markdown]
 # ## Task 1: what a head writes
@@ -132,7 +133,7 @@ for l, h in sorted({*heads.values(), (3, 0), (3, 1)}):
 
 # %% [markdown]
 # The score guesses from the slope at one point. A norm and a saturated answer bend the line: look
-# at the edge from the induction head.
+# at the edges from the heads of layer 3, their size and their sign.
 #
 # ## Task 5: where is attribution blind?
 #
@@ -160,7 +161,9 @@ checks.most_missed(most_missed, scores, effects, few.edges)
 
 # %%
 u, v = most_missed(scores, effects, few.edges)
-print(f"{graph.sources[u]} -> {graph.destinations[v]}: score {scores[u, v]:.2f}, exact {effects[u, v]:.2f}")
+for source, reader in ((graph.sources[u], graph.destinations[v]), (previous, f"{induction}<k>")):
+    edge = graph.sources.index(source), graph.column[reader]
+    print(f"{source} -> {reader}: score {scores[edge]:.2f}, exact {effects[edge]:.2f}")
 l, h = heads["induction"]
 before, after = (attention_maps(model, idx)[:, l, h] > 0 for idx in (clean, corrupt))
 right = torch.arange(32)[:, None] - torch.arange(32) == 15
@@ -169,14 +172,17 @@ print(f"{induction}'s gates to the token after the last occurrence: {before[:, r
       f"on clean prompts, {after[:, right].float().mean():.0%} on corrupt ones")
 
 # %% [markdown]
-# **The surprise:** in most models that copy, the edge from the previous-token head to the induction
+# **The surprise:** there are two kinds of blindness. Into the *logits* the score follows the slope of a
+# norm and of an answer that is nearly certain, and both bend. The other one is the second line: the
+# edge from the previous-token head to the induction
 # head's *key* is the heart of the circuit, and its score is next to nothing. Why? First, the
 # *gate*: with the corrupt key it shuts, and the head reads nothing. But a gate is a step: its slope
 # is 0 on both sides, so a gradient does not see it flip. Second, the *softmax*: its weight is
 # nearly 1, and there it is flat as well. A dense model has this second blindness, too.
 #
 # A cure for the second: take the gradient at several places between corrupt and clean, where the
-# softmax is not flat, and average (*EAP-IG*, `ig_steps`).
+# softmax is not flat, and average (*EAP-IG*, `ig_steps`). A cure for both: run the head that reads
+# again, with the changed key (`plumbing/rerun.py`).
 #
 # ## Task 6: a circuit
 #

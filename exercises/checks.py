@@ -4,6 +4,7 @@ the solution: read it here only after you have tried. If the two differ, the che
 among the likely ones and names it.
 """
 
+import copy
 import functools
 import math
 import pathlib
@@ -50,7 +51,8 @@ def check(number):
             def filled(*inputs):
                 output = yours(*inputs)
                 if output is None or output is ...:
-                    raise NotYet(f"task {number} is not done: fill in {compare.__name__}() in {where}")
+                    raise NotYet(f"task {number} is not done: fill in {compare.__name__}() in {where} (or does its "
+                                 "last line lack `return`?)")
                 return output
 
             try:
@@ -193,8 +195,8 @@ def head(yours):
     right, y = sparse.naive(q_, k_, v_, -1.0, keys, True)[0][0, 0], yours(q, k, v, -1.0, u)
     A = sparse.gate_map(q_, k_, -1.0, 7)[0, 0]
     assert not A.any(-1).all() and A.any(), "a row with all gates shut is what this is about"
-    assert not y.isnan().any(), ("there is a nan in a row whose gates are all shut, 0 / 0: did you renormalise "
-                                 "after the gate?")
+    assert not y.isnan().any(), ("there is a nan: 0 / 0 in a row whose gates are all shut, did you renormalise after "
+                                 "the gate? Or 0 times -inf: the gate multiplies a, not s")
     s = (q @ k.T / 4).masked_fill(~allowed, -torch.inf)
     a, shares = s.softmax(-1), A / A.sum(-1, keepdim=True).clamp(min=1)
     some = (A * a) / (A * a).sum(-1, keepdim=True).clamp(min=1e-9)
@@ -208,7 +210,8 @@ def head(yours):
     mine, naives = q.clone().requires_grad_(), q_.clone().requires_grad_()
     slope = torch.autograd.grad(yours(mine, k, v, -1.0, u).sum(), mine)[0]
     right = torch.autograd.grad(sparse.naive(naives, k_, v_, -1.0, keys, True)[0].sum(), naives)[0][0, 0]
-    assert same(slope, right), "y is right, but no gradient passes the gate: use straight_through()"
+    assert same(slope, right), ("y is right, its gradient to q is not: it should pass the gate, by "
+                                "straight_through(), and the softmax")
 
 
 @check(5)
@@ -270,16 +273,18 @@ def loss(yours):
 
 @check(3)
 def error(yours):
-    geco, cases, right = GECO(tau=2.0, width=0.5), (1.9, 2.2, 9.0, 0.1), []
+    width, cases, right = 0.4, (1.9, 2.2, 9.0, 0.1), []
+    geco = GECO(tau=2.0, width=width)
     for geco.c in cases:
         right.append(geco.error)
-    plain = torch.tensor([(c - 2.0) / 0.5 for c in cases])
-    compare([float(yours(c, 2.0, 0.5)) for c in cases], right, {
+    plain = torch.tensor([(c - 2.0) / width for c in cases])
+    compare([float(yours(c, 2.0, width)) for c in cases], right, {
         "the sign is wrong: above 0 where c is above tau": -torch.tensor(right),
         "did you cut it off at -1 and 1?": plain, "it is cut off above only, not at -1": plain.clamp(max=1),
-        "did you divide by the width?": (plain * 0.5).clamp(-1, 1),
-        "you divided by tau: it is the width": (plain * 0.25).clamp(-1, 1),
-        "you cut off first and then divided": (plain * 0.5).clamp(-1, 1) / 0.5})
+        "did you divide by the width?": (plain * width).clamp(-1, 1),
+        "you multiplied by the width: divide by it": (plain * width**2).clamp(-1, 1),
+        "you divided by tau: it is the width": (plain * width / 2.0).clamp(-1, 1),
+        "you cut off first and then divided": (plain * width).clamp(-1, 1) / width})
 
 
 @check(4)
@@ -306,7 +311,8 @@ def update(yours):
     assert not same(h[1:], right_h[:-1]), "you used the old c: average first, then take the error"
     assert h[0] * right_h[0] >= 0, "h goes down where it should go up: h + nu e"
     assert h.max() <= math.log(20.0) + 1e-5 and h.min() >= math.log(0.1) - 1e-5, (
-        f"h reaches {h.max():.1f}: did you cut h off at h_min and h_max?")
+        f"h goes from {h.min():.1f} to {h.max():.1f}: did you cut h off at h_min ({math.log(0.1):.1f}) and h_max "
+        f"({math.log(20.0):.1f})?")
     compare(h, right_h, {"nu is missing: h + nu e": course(nu=1.0)[:, 0]})
 
 
@@ -321,7 +327,7 @@ def multipliers(yours, solve, swing):
     found = swing(solve(**good))
     if found > 3:
         calmer = swing(solve(good["nu"], min(19, good["kp"] * 1.5 + 0.1)))
-        assert calmer > found, f"the good one still swings by {found:.1f}, in slow waves: make kp larger"
+        assert calmer > found, f"the good one still swings by {found:.1f}, in slow waves: make kp larger, or, if none helps, nu smaller"
         raise AssertionError(f"the good one shakes by {found:.1f}: kp passes on the noise of single batches, or nu is "
                              "too large for any kp")
 
@@ -384,7 +390,9 @@ def carry(yours):
     numbers = torch.arange(10000)
     x, y, targets = numbers // 100, numbers % 100, tasks.problems()[1]
     right = targets[:, 9] != (x // 10 + y // 10) % 10  # the tens of the sum are not the sum of the tens
-    compare(yours(), right, {
+    mine = torch.as_tensor(yours())
+    assert mine.dtype == torch.bool, "return True or False of each problem: as an index 0 and 1 would be two problems"
+    compare(mine, right, {
         "did you use > 10? 4 + 6 carries, too": x % 10 + y % 10 > 10,
         "that is the carry into the hundreds: take the units": x + y >= 100,
         "these are the tens digits: take the units, % 10": x // 10 + y // 10 >= 10,
@@ -403,7 +411,8 @@ def carry_edge(yours, gates):
         return (gates[:, l, :, i, j].any(1) == (carries == bool(sign))).double().mean().item()
 
     assert l >= 1, "layer 0 reads digits: the carry is read above it"
-    assert i in (addition.HUNDREDS, addition.TENS) and i != j, (
+    assert i != j, "j is i itself: an edge is read from another position"
+    assert i in (addition.HUNDREDS, addition.TENS), (
         "the reader i is the tens (9) or the hundreds (8), and j is another position: are i and j exchanged?")
     listed = [(a, b) for a in (addition.HUNDREDS, addition.TENS) for b in range(11)
               if f"{names[a]} <- {names[b]}" in table]
@@ -479,7 +488,8 @@ def set_gate(yours, model, l, i, j):
     for l_, j_, wanted in ((l, j, 0.0), (0, 0, 0.0), (0, 0, 1.0), (l, j, 1.0)):
         compare(yours(model, idx, l_, i, j_, wanted), logits(set_to(wanted, j_), l_), {
             message: logits(change, l_) for message, change in {
-                "nothing has changed: does your tap return the new z?": lambda z, *_: z,
+                "no logit has changed: does your tap return the new z, is the layer l yours, is the row i, or is your "
+                "term zero where a gate is to be shut?": lambda z, *_: z,
                 "this is the run with the gate " + ("shut" if wanted else "open"): set_to(1 - wanted, j_),
                 "did you renormalise after the gate? Only the one term changes": scaled(wanted, j_),
                 "you have shut all that i reads: take away the one term from j": lambda z, *_: put(z, 0.0),
@@ -541,6 +551,8 @@ def fit(yours):
 @check(4)
 def two_heads(yours, maps):
     found, teams = yours(maps > 0), copying.find_teams(maps)
+    assert all(isinstance(head, tuple) and len(head) == 2 for head in found.values()), (
+        "a head is a tuple (l, h), of two numbers, so that it can be looked up in a list")
     found = {role: tuple(int(x) for x in head) for role, head in found.items()}
     assert set(found) == set(teams), 'return {"previous token": (l, h), "induction": (l, h)}'
     previous, induction = (found[role] in teams[other] for role, other in zip(teams, reversed(teams)))
@@ -594,15 +606,22 @@ def silence(yours, model):
 @check(6)
 def effects(yours, model, idx):
     L, H, half = model.config.n_layer, model.config.n_head, idx.shape[1] // 2
+    worse = copy.deepcopy(model)  # it is right on fewer than all, as the dense model
+    random = torch.Generator().manual_seed(0)
+    worse.wte.weight.data += worse.wte.weight.std() * torch.randn(worse.wte.weight.shape, generator=random)
 
-    def right(heads):
+    def right(heads, model=worse):
         logits = model(idx, tap=copying.shut(heads))[0]
         return (logits[:, half:-1].argmax(-1) == idx[:, half + 1:]).float().mean()
 
     places = [(l, h) for l in range(L) for h in range(H)]
     without = torch.stack([right([place]) for place in places]).view(L, H)
     so_far = torch.stack([right(places[:n + 1]) for n in range(len(places))]).view(L, H)
-    compare(yours(model, idx), right([]) - without, {
+    here = torch.stack([right([place], model) for place in places]).view(L, H)
+    compare(yours(worse, idx), right([]) - without, {
+        "this is another model's: use the model that is given": right([], model) - here,
+        "take what is right without the head from what this model has right, not from 1": 1 - without,
+        "this is a share of what the model has right: take the difference": (right([]) - without) / right([]),
         "this is the share that is still right: the effect is what is lost": without,
         "the sign is wrong: above 0 where copying suffers": without - right([]),
         "each head alone: yours stay silent while the next one is tried": right([]) - so_far})
@@ -683,22 +702,25 @@ def exact(yours, model, task):
 
 @check(5)
 def most_missed(yours, scores, effects, edges):
-    gap = (effects - scores).abs().masked_fill(~edges, -1.0)
-    (u, v), place = yours(scores, effects, edges), lambda x: divmod(int(x.argmax()), x.shape[1])
-    if gap[u, v] < gap.max():
-        everywhere = (effects - scores).abs()
-        for message, wrong in {
-            "did you stay with the edges? Elsewhere no effect was measured": everywhere,
-            "this is the edge with the largest effect: ask where the score is wrong":
-                effects.abs().masked_fill(~edges, -1),
-            "this is the edge with the largest score: ask where it is wrong": scores.abs().masked_fill(~edges, -1),
-            "did you take the absolute difference? The score can be wrong either way": (effects - scores).masked_fill(
-                ~edges, -torch.inf),
-            "this is where they differ least": -gap.masked_fill(~edges, torch.inf),
-            "did you take the absolute difference? It can be wrong either way": (scores - effects).masked_fill(
-                ~edges, -torch.inf)}.items():
-            assert (int(u), int(v)) != place(wrong), message
-        raise AssertionError(f"there the two differ by {gap[u, v]:.2f}, elsewhere by {gap.max():.2f}")
+    random = torch.Generator().manual_seed(0)
+    drawn = torch.randn(2, 6, 9, generator=random)
+    for scores, effects, edges in ((scores, effects, edges), (*drawn, torch.arange(9) > torch.arange(6)[:, None])):
+        gap = (effects - scores).abs().masked_fill(~edges, -1.0)
+        (u, v), place = yours(scores, effects, edges), lambda x: divmod(int(x.argmax()), x.shape[1])
+        if gap[u, v] < gap.max():
+            everywhere = (effects - scores).abs()
+            for message, wrong in {
+                "did you stay with the edges? Elsewhere no effect was measured": everywhere,
+                "this is the edge with the largest effect: ask where the score is wrong":
+                    effects.abs().masked_fill(~edges, -1),
+                "this is the edge with the largest score: ask where it is wrong": scores.abs().masked_fill(~edges, -1),
+                "did you take the absolute difference? The score can be wrong either way": (effects - scores).masked_fill(
+                    ~edges, -torch.inf),
+                "this is where they differ least": -gap.masked_fill(~edges, torch.inf),
+                "did you take the absolute difference? It can be wrong either way": (scores - effects).masked_fill(
+                    ~edges, -torch.inf)}.items():
+                assert (int(u), int(v)) != place(wrong), message
+            raise AssertionError(f"there the two differ by {gap[u, v]:.2f}, elsewhere by {gap.max():.2f}")
 
 
 @check(6)

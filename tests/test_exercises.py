@@ -208,7 +208,8 @@ def test_unfilled_it_stops_at_the_first_task_that_is_not_done(path):
     for number in (1, 2):
         with pytest.raises(checks.NotYet) as stopped:
             run(path, {name: SOLUTIONS[path.stem][name] for name in names[: number - 1]})
-        assert re.fullmatch(rf"task {number} is not done: fill in {names[number - 1]}\(\) in {path.name}, line \d+",
+        assert re.fullmatch(rf"task {number} is not done: fill in {names[number - 1]}\(\) in {path.name}, line \d+ "
+                            r"\(or does its last line lack `return`\?\)",
                             str(stopped.value))
 
 
@@ -489,7 +490,7 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("straight_through", lambda s, b, u: hard(s, b, u) + (torch.sigmoid(s + b) - torch.sigmoid(s + b).detach()), "no noise"),
     ("straight_through", lambda s, b, u: hard(s, b, u) + (s - s.detach()), "with slope 1"),
     ("straight_through", lambda s, b, u: hard(s, b, u) + (soft(s, b, u).detach() - soft(s, b, u)), "sign"),
-    ("head", lambda q, k, v, b, u: ((logits(q, k) + b - torch.logit(u) > 0).float() * logits(q, k).softmax(-1)) @ v, "no gradient passes the gate"),
+    ("head", lambda q, k, v, b, u: ((logits(q, k) + b - torch.logit(u) > 0).float() * logits(q, k).softmax(-1)) @ v, "its gradient to q is not"),
     ("logits", lambda q, k: (q @ k.T / math.sqrt(q.shape[-1])).masked_fill(torch.ones(len(q), len(q)).tril().bool(), -torch.inf), "masked the pairs"),
     ("head", renormalised, "renormalise after the gate"),
     ("head", lambda *x: logits(*x[:2]).masked_fill(weights(*x)[0] == 0, -torch.inf).softmax(-1) @ x[2], "renormalise after the gate"),
@@ -519,6 +520,7 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("error", lambda c, tau, width: min(1, (c - tau) / width), "above only"),
     ("error", lambda c, tau, width: error(c, tau, 1), "divide by the width"),
     ("error", lambda c, tau, width: error(c, tau, tau), "divided by tau"),
+    ("error", lambda c, tau, width: error(c, tau, 1 / width), "multiplied by the width"),
     ("error", lambda c, tau, width: error(c, tau, 1) / width, "cut off first"),
     ("update", controller(swap=True), "exchanged"),
     ("update", controller(average=False), "do not average"),
@@ -548,12 +550,13 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("carry", lambda: torch.arange(10000) // 1000 + torch.arange(10000) // 10 % 10 >= 10, "tens digits"),
     ("carry", lambda: torch.arange(10000) // 10 % 10 + torch.arange(10000) % 10 >= 10, "number // 100"),
     ("carry", lambda: ~carry(), "with and without"),
+    ("carry", lambda: carry().long(), "True or False"),
     ("carry_edge", lambda gates, carry: (0, 9, 0, True), "layer 0 reads digits"),
     ("carry_edge", lambda gates, carry: (1, 10, 9, True), "i and j exchanged"),
     ("carry_edge", lambda gates, carry: (1, 9, 10, False), "sign is not"),
     ("carry_edge", lambda gates, carry: (1, 8, 9, True), "open most often"),
     ("carry_edge", lambda gates, carry: (1, 8, 10, True), "open when there is none"),
-    ("set_gate", lambda model, idx, *_: model(idx)[0], "nothing has changed"),
+    ("set_gate", lambda model, idx, *_: model(idx)[0], "no logit has changed"),
     ("set_gate", lambda model, idx, l, i, j, is_open: set_gate(model, idx, l, i, j, 1 - is_open), "this is the run with the gate"),
     ("set_gate", at_z(lambda *x: put(*x, scale=True)), "renormalise after the gate"),
     ("set_gate", at_z(lambda z, A, a, v, i, j, is_open: z[:, i].zero_()), "shut all that i reads"),
@@ -576,6 +579,7 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("fit", lambda t: t[0, 0] / t.sum(), "divide by those"),
     ("two_heads", best(lambda t: t[:, 0].sum()), "the most open gates"),
     ("two_heads", best(lambda t: -fit(t)), "the best fit"),
+    ("two_heads", lambda gates: {role: [*at] for role, at in two_heads(gates).items()}, "a head is a tuple"),
     ("two_heads", lambda gates: dict(zip(("induction", "previous token"), two_heads(gates).values())), "roles are exchanged"),
     ("two_heads", lambda gates: {role: at[::-1] for role, at in two_heads(gates).items()}, "layer and head are exchanged"),
     ("silence", lambda model, idx, heads: model(idx)[0], "nothing has changed"),
@@ -587,6 +591,9 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("silence", lambda model, idx, heads: silence(model, idx, {(l, h) for l in range(4) for h in range(4)} - {*heads}), "all the others"),
     ("effects", lambda model, idx: share_right(model(idx)[0], idx) - effects(model, idx), "still right"),
     ("effects", lambda model, idx: -effects(model, idx), "sign"),
+    ("effects", lambda _, idx: effects(model("copying_sparse"), idx), "use the model that is given"),
+    ("effects", lambda model, idx: 1 - share_right(model(idx)[0], idx) + effects(model, idx), "not from 1"),
+    ("effects", lambda model, idx: effects(model, idx) / share_right(model(idx)[0], idx), "take the difference"),
     ("effects", effect_of(lambda l, h, H: [divmod(n, H) for n in range(l * H + h + 1)]), "stay silent"),
     ("writes", matrix(lambda z, W, h, D: z[:, :, h] @ W[h * D:(h + 1) * D]), "rows of the matrix"),
     ("writes", matrix(lambda z, W, h, D: z.flatten(2) @ W.T), "all heads of the layer"),
@@ -610,6 +617,7 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("exact", lambda *x: exact(*x) * 4, "sum over prompts"),
     ("most_missed", lambda s, e, edges: most_missed(s, e, edges | True), "stay with the edges"),
     ("most_missed", lambda s, e, edges: most_missed(0 * s, e, edges), "largest effect"),
+    ("most_missed", lambda s, e, edges: divmod((s - e).where(edges, -torch.inf).argmax().item(), s.shape[1]), "absolute"),
     ("most_missed", lambda s, e, edges: most_missed(s, 0 * e, edges), "largest score"),
     ("most_missed", lambda s, e, edges: divmod((e - s).where(edges, -torch.inf).argmax().item(), 3), "absolute difference"),
     ("most_missed", lambda s, e, edges: divmod((e - s).abs().where(edges, torch.inf).argmin().item(), 3), "differ least"),
