@@ -212,13 +212,14 @@ for name, rows in (("with a carry", has_carry[some]), ("without", ~has_carry[som
 figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
 units = torch.arange(10000) // 100 % 10 * 10 + torch.arange(10000) % 10  # 10 x_units + y_units
 dense_weight = evaluate(dense, idx[some], targets[some]).weights[:, l, 0, i, j]
-for axis, values, rows, title in ((axes[0], is_open.float(), torch.arange(10000), "sparse: gate open"),
-                                  (axes[1], dense_weight, some, "dense: attention weight")):
+for axis, values, rows, title, label in (
+        (axes[0], is_open.float(), torch.arange(10000), "sparse: gate open", "share of the problems"),
+        (axes[1], dense_weight, some, "dense: attention weight", "mean weight")):
     grid = torch.zeros(100).index_add_(0, units[rows], values) / torch.bincount(units[rows], minlength=100)
     shown = axis.imshow(grid.view(10, 10), origin="lower", cmap="Blues", vmin=0)
-    axis.plot([9.5, 0.5, 0.5], [0.5, 9.5, 9.5], color="tab:red", linewidth=1)
+    axis.plot([9.5, 0], [0, 9.5], color="tab:red", linewidth=1)
     axis.set(title=f"{title}\n{NAMES[i]} <- {NAMES[j]}, layer {l}", xlabel="units of y", ylabel="units of x")
-    figure.colorbar(shown, ax=axis, shrink=0.8)
+    figure.colorbar(shown, ax=axis, shrink=0.8, label=label)
 for axis, name, rows in ((axes[2], "problems with a carry", has_carry[some]),
                          (axes[3], "problems without", ~has_carry[some])):
     for n, (what, errors) in enumerate(off.items()):
@@ -227,6 +228,7 @@ for axis, name, rows in ((axes[2], "problems with a carry", has_carry[some]),
         axis.bar([x + 0.27 * (n - 1) for x in range(6)], values, width=0.27, label=f"gate {what}")
     axis.set_xticks(range(6), ["-90", "-10", "right", "+10", "+90", "other"])
     axis.set(title=name, xlabel="answer minus sum", ylabel="problems")
+    axis.margins(y=0.4)  # room for the legend
     axis.legend(loc="upper left")
 checks.picture(figure, "3_addition.png")
 
