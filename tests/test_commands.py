@@ -1,4 +1,4 @@
-"""Every command of README.md and RESULTS.md runs, as it is written, on tiny stand-ins and with small settings."""
+"""The commands of README.md and RESULTS.md run, as they are written, on tiny stand-ins and with small settings."""
 
 import importlib
 import io
@@ -12,11 +12,12 @@ import zipfile
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from test_assets import registry, serve, tiny_gguf  # noqa: F401, a fixture
 from test_readme import ROOT, commands
 
 from model import Config, Transformer
-from plumbing import attention_cost, flags, tasks
+from plumbing import ablations, attention_cost, figures, flags, tasks
 from plumbing.bpe import BYTE
 
 SMALL = {  # what is added to a command, by its script
@@ -79,6 +80,8 @@ def settings(script, words):
         more = "" if "dry-run" in fields else more if "init" in fields else more + SCRATCH
         if "control" in fields and "gpt2" in words:
             more += " --sitting 2"  # the next command goes on with it
+        if "benchmark" in fields:
+            more += " --benchmark 1"
         if "init" in fields and "data" not in fields and "dry-run" not in fields:
             more += " --data a.txt"
     return more.split()
@@ -92,8 +95,8 @@ def run(command):
     if script == "pytest" or script.startswith("exercises"):
         return  # this is it; test_exercises.py runs those
     rest += settings(script, rest)
-    if "--nnodes" in words:
-        return  # two machines: test_fsdp.py has them as processes
+    if "--nnodes" in words or {"out/large", "--seeds", "--rounds"} & {*words}:
+        return  # two machines: test_fsdp.py has them; the others only differ in size from one that ran
     if words[0] == "torchrun":  # one process; test_fsdp.py has more
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
                         os.path.join(ROOT, script), *rest], check=True)
@@ -108,7 +111,9 @@ def run(command):
 def test_every_command_runs(tmp_path, registry, monkeypatch, capfd):
     stand_ins(tmp_path, registry)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(attention_cost, "ON_CPU", [(1, 2, 2, 512)])
+    monkeypatch.setattr(attention_cost, "ON_CPU", [(1, 12, 12, 256)])
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: Figure().savefig(path))  # a quick one
+    monkeypatch.setattr(ablations, "VARIANTS", dict(list(ablations.VARIANTS.items())[:2]))
     ran = 0
     for command in commands():
         try:
