@@ -199,8 +199,8 @@ for start, steps in zip(starts, steps_to_shut):
 figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
 without_noise = gate_map(q[None, None], k[None, None], b)[0, 0]
 for axis, A, title in ((axes[0], drawn, "drawn"), (axes[1], without_noise, "s + b > 0")):
-    axis.imshow(A.float() + torch.ones(8, 8).tril(), cmap="Blues", vmin=0, vmax=2)  # white: not allowed
-    axis.set(title=f"gates, {title}", xlabel="key j", ylabel="query i")
+    axis.imshow(A.float() + torch.ones(8, 8).tril(), cmap="Blues", vmin=0, vmax=2)
+    axis.set(title=f"gates, {title}\n(dark open, light shut, white not allowed)", xlabel="key j", ylabel="query i")
 line = torch.linspace(-20, 2, 200)
 axes[2].semilogy(line, torch.sigmoid(line), color="0.6", label="sigmoid(s + b)")
 for (dtype, shares), mark in zip(measured.items(), "ox"):
@@ -208,10 +208,10 @@ for (dtype, shares), mark in zip(measured.items(), "ox"):
 axes[2].set(title="how often a gate opens (never: 1e-9)", xlabel="s + b", ylabel="share of a million")
 axes[2].legend()
 for start, path in zip(starts, paths.T):
-    axes[3].semilogx(range(1, 4001), path)
-    axes[3].text(1.1, start + 0.15, f"begins at {start}")
+    axes[3].semilogx(range(1, 4001), path, label=f"{start:g}")
 axes[3].axhline(0, color="black", linewidth=0.8)
-axes[3].set(title="a logit under the penalty alone", xlabel="steps", ylabel="s + b", ylim=(-4, 9))
+axes[3].legend(title="begins at s + b =", loc="upper center", ncols=5, columnspacing=1, handlelength=1)
+axes[3].set(title="a logit under the penalty alone\n(below 0 the gate is shut)", xlabel="steps", ylabel="s + b", ylim=(-4, 12))
 checks.picture(figure, "1_gate.png")
 
 # %% [markdown]

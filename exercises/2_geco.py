@@ -220,7 +220,8 @@ for name, trace in (("no bound on lambda", free), ("h at most log 20", bounded))
 
 # %%
 figure, axes = plt.subplots(2, 2, figsize=(12, 6.5), layout="constrained", sharex="col")
-for name, trace, column in (("bad", traces["bad"], 0), ("good", traces["good"], 0),
+named = {name: f"{name}: nu {setting['nu']:g}, kp {setting['kp']:g}" for name, setting in multipliers().items()}
+for name, trace, column in ((named["bad"], traces["bad"], 0), (named["good"], traces["good"], 0),
                             ("no bound on lambda", free, 1), ("h at most log 20", bounded, 1)):
     axes[0, column].plot(trace[:, 1], label=name)
     axes[1, column].semilogy(trace[:, 2], label=name)
@@ -232,7 +233,8 @@ axes[0, 1].set(title="task 6: out of reach until step 1500", ylabel="C")
 for axis in axes[1]:
     axis.set(xlabel="step", ylabel="lambda")
 for axis in axes.flat:
-    axis.legend()
+    axis.margins(y=0.3)  # room for the legend
+    axis.legend(loc="upper right")
 checks.picture(figure, "2_geco.png")
 
 # %% [markdown]

@@ -225,7 +225,7 @@ for reader, mark in zip(readers, "os^"):
     rows = few.edges[:, column]
     axes[0].scatter(effects[rows, column], scores[rows, column], marker=mark, label=f"read by {reader}")
     for u in rows.nonzero()[:, 0].tolist():
-        if (effects[u, column] - scores[u, column]).abs() > 2:
+        if torch.maximum(effects[u, column].abs(), scores[u, column].abs()) > 2:
             axes[0].annotate(graph.sources[u], (effects[u, column], scores[u, column]), xytext=(5, 5),
                              textcoords="offset points")
 low, high = effects.min().item(), effects.max().item()
@@ -233,7 +233,7 @@ axes[0].plot([low, high], [low, high], color="0.7", label="score = exact effect"
 axes[0].set(title="one edge each", xlabel="exact effect on M", ylabel="attribution score")
 for name, values in explained.items():
     axes[1].semilogx(sizes, values, "o-", markersize=4, label=f"ranked by {name}")
-axes[1].axhline(0.9, color="0.7", linestyle=":")
+axes[1].axhline(0.9, color="0.7", linestyle=":", label="0.9 of the effect")
 axes[1].set(title="circuits", xlabel="edges kept", ylabel="explained effect: 0 corrupt, 1 clean")
 for axis in axes:
     axis.legend()

@@ -9,6 +9,7 @@ import functools
 import math
 import pathlib
 import sys
+import traceback
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -39,8 +40,15 @@ def show(kind, error, trace):
 sys.excepthook = show  # what a terminal shows
 
 
-def check(number):
-    """A check of task `number`: calls compare(yours, ...), whose AssertionErrors name a mistake."""
+TAP = {"'tuple' object": "model() returns (logits, E): take [0]", "tuple indices": "model() returns (logits, E): take [0]",
+       "NoneType": "does your tap return the tensor, at every name?"}
+
+
+def check(number, hints={}):
+    """A check of task `number`: calls compare(yours, ...), whose AssertionErrors name a mistake.
+
+    hints: {part of an exception's text: what to do}, for code that stops.
+    """
     def decorate(compare):
         @functools.wraps(compare)
         def run(yours, *more):
@@ -48,8 +56,19 @@ def check(number):
             file = pathlib.Path(code.co_filename)
             where = f"{file.name}, line {code.co_firstlineno}" if "ipykernel" not in str(file) else "the cell above"
 
+            def stopped(error, what):
+                hint = next((f": {hint}" for part, hint in hints.items() if part in str(error)), "")
+                return NotYet(f"task {number}, {compare.__name__}() in {where}, {what} ({type(error).__name__}: "
+                              f"{str(error).splitlines()[0] if str(error) else ''}){hint}")
+
             def filled(*inputs):
-                output = yours(*inputs)
+                try:
+                    output = yours(*inputs)
+                except NotYet:
+                    raise
+                except Exception as error:
+                    at = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+                    raise stopped(error, f"stops at `{at[-1].line}`") from None
                 if output is None or output is ...:
                     raise NotYet(f"task {number} is not done: fill in {compare.__name__}() in {where} (or does its "
                                  "last line lack `return`?)")
@@ -57,8 +76,12 @@ def check(number):
 
             try:
                 compare(filled, *more)
+            except NotYet:
+                raise
             except AssertionError as error:
                 raise NotYet(f"task {number}, {compare.__name__}() in {where}, not yet: {error}") from None
+            except Exception as error:  # a number for a tensor, a list for a dict
+                raise stopped(error, "returns what can not be used: compare it with the docstring's ->") from None
             print(f"task {number}, {compare.__name__}(): ok")
 
         return run
@@ -125,7 +148,9 @@ def logits(yours):
     s, never = yours(q, k), -torch.inf
     assert s.shape == (6, 6), f"the shape is {tuple(s.shape)}, it should be (6, 6): a query a row, a key a column"
     assert not s.isnan().any(), "there is a nan: 0 times infinity? Use masked_fill"
-    assert not s.isneginf().all(-1).any(), "you masked the pairs that are allowed: j > i is what must not be"
+    masked = s.isneginf()
+    assert not torch.equal(masked, allowed), "you masked the pairs that are allowed: j > i is what must not be"
+    assert not masked.diagonal().any(), "a token may read itself, too: j = i is allowed, -inf is for j > i"
     # with the identity as values and all gates open, the output is the softmax itself
     right = sparse.naive(q[None, None], k[None, None], torch.eye(6)[None, None], 1e9, None, True)[0][0, 0]
     compare(s.softmax(-1), right, {message: wrong.softmax(-1) for message, wrong in {
@@ -152,7 +177,9 @@ def gate_inputs():
 def gate(yours):
     s, u = gate_inputs()
     b, n = 1.0, torch.logit(u)
+    assert same(yours(s, b, u), yours(s, b, u)), "twice the same u, and the gates differ: the noise is u's, draw no other"
     compare(yours(s, b, u), sparse.gates(s, b, u), {
+        "your noise is log(u): logit(u) is log(u / (1 - u))": s + b - u.log() > 0,
         "there is no noise in it: the gate depends on u, too": s + b > 0,
         "your noise has the other sign: n = -logit(u)": s + b + n > 0,
         "did you forget b?": s - n > 0,
@@ -182,6 +209,10 @@ def straight_through(yours):
         "did you let gradients flow through the hard gate? The two softs cancel: detach one of them": 0 * up,
         "the slope is that of sigmoid(s + b + n), yours has no noise in it": up * torch.autograd.grad(
             torch.sigmoid(s + b).sum(), s)[0],
+        "did you forget b in the soft gate?": up * torch.autograd.grad(
+            torch.sigmoid(s - torch.logit(u)).sum(), s)[0],
+        "the noise of the soft gate has the other sign: n = -logit(u), as in the gate": up * torch.autograd.grad(
+            torch.sigmoid(s + b + torch.logit(u)).sum(), s)[0],
         "this is the straight-through estimator with slope 1: here it is the slope of the soft gate": up,
         "the sign of the gradient is wrong": -slope})
 
@@ -247,7 +278,9 @@ def penalty_slope(yours):
 @check(1)
 def point_at(yours):
     for lam in (0.2, 1.0, 5.0):
-        found = torch.tensor([float(x) for x in yours(lam)])
+        found = yours(lam)
+        assert hasattr(found, "__len__") and len(found) == 2, "return the two coordinates, (x, y)"
+        found = torch.tensor([float(x) for x in found])
         p, centre = found.clone().requires_grad_(), torch.tensor([3.0, 4.0])
         geco = GECO(tau=1.0, lam=lam, lam_max=100.0)
         geco.loss(p.square().sum(), (p - centre).square().sum()).backward()
@@ -287,7 +320,7 @@ def error(yours):
         "you cut off first and then divided": (plain * width).clamp(-1, 1) / width})
 
 
-@check(4)
+@check(4, {"NoneType": "c is None at the very first step"})
 def update(yours):
     losses = torch.rand(40, generator=torch.Generator().manual_seed(0)).tolist()
     losses = [2.3] + [1.8 + x for x in losses] + [9.0] * 40 + [0.1] * 80
@@ -304,6 +337,8 @@ def update(yours):
         h, c = yours(h, c, C, 2.0, 0.5, 0.1, 0.8, math.log(0.1), math.log(20.0))
         found.append((float(h), float(c)))
     mine, right = torch.tensor(found), course()
+    assert same(mine[0], right[0]) or not same(mine[0].flip(0), right[0]), "h and c are exchanged: return h, c"
+    assert abs(found[0][1] - 0.2 * losses[0]) > 1e-4, "at the first step c is C itself: an average that begins at 0 lags"
     assert not same(mine[:, 1], course(ema=0.2)[:, 1]), "ema and 1 - ema are exchanged: the old average weighs ema"
     compare(mine[:, 1], right[:, 1], {"you do not average: c is a moving average of C": torch.tensor(losses)})
     h, right_h = mine[:, 0], right[:, 0]
@@ -357,7 +392,7 @@ def tapped(model, idx):
     return seen, torch.stack([q @ k.mT / math.sqrt(q.shape[-1]) for q, k in qk], dim=1)
 
 
-@check(1)
+@check(1, TAP)
 def gates(yours, model):
     idx, targets = (t[::61] for t in tasks.problems())
     _, s = tapped(model, idx)
@@ -383,6 +418,13 @@ def reads(yours, gates):
             order = sorted(zip(torch.as_tensor(mine).tolist(), range(11)), reverse=True)
             said = ", ".join(f"{addition.NAMES[j]} {share:.1%}" for share, j in order if share >= 0.005)
             assert not said or f"layer {l}: {addition.NAMES[i]} reads {said}" in lines
+    two = torch.rand(20, 2, 2, 11, 11, generator=torch.Generator().manual_seed(0)) < 0.3  # a model with two heads
+    mine, heads = yours(two, 1, 9), two[:, 1, :, 9].double()
+    compare(mine, heads.amax(1).mean(0), {
+        "with two heads: this is the mean over heads, count a problem in which either is open": heads.mean((0, 1)),
+        "with two heads: this is the sum over heads, a problem in which both are open counts once": heads.sum(1).mean(0),
+        "with two heads: this is the first one alone": heads[:, 0].mean(0),
+        "with two heads: this is open in both, it should be in either": heads.amin(1).mean(0)})
 
 
 @check(3)
@@ -430,7 +472,7 @@ def carry_edge(yours, gates):
                              f"edge in {best:.1%}: did you count edges that are open when there is none?")
 
 
-@check(5)
+@check(5, TAP)
 def set_gate(yours, model, l, i, j):
     idx = tasks.problems()[0][::97]
     open_everywhere = SimpleNamespace(config=replace(model.config, sparse=False))
@@ -565,9 +607,20 @@ def two_heads(yours, maps):
             f"{role}: this is the head with the most open gates: does your fit count the wrong ones?")
         assert here, (f"{role}: other heads have more weight on these edges than {found[role]}; "
                       "did you take the best fit over all layers and heads?")
+    T = maps.shape[-1]
+    made_up = torch.zeros(1, 2, 3, T, T, dtype=torch.bool)  # head 0 opens all, 1 one right pair, 2 nearly the right ones
+    for l, kind in enumerate(("the token before", "what came next the last time")):
+        pairs = copying.kinds(T)[kind]
+        made_up[0, l, 0], made_up[0, l, 1, -1] = sparse.allowed_pairs(T, causal=True), pairs[-1]
+        made_up[0, l, 2, :-1], made_up[0, l, 2, 0, 0] = pairs[:-1], True
+    for l, (role, place) in enumerate(yours(made_up).items()):
+        message = f"{role}: right in this model, but on gates made up for this check you took "
+        assert place[1] != 0, message + "a head that opens everything: use fit()"
+        assert place[1] != 1, message + "a head with one lucky gate: use fit()"
+        assert tuple(place) == (l, 2), message + f"{tuple(place)}, and {(l, 2)} fits best"
 
 
-@check(5)
+@check(5, TAP)
 def silence(yours, model):
     idx = tasks.problems()[0][:6, :10] + 40  # any tokens will do
     n_head, zero = model.config.n_head, lambda name, t, ends: 0 * t if name.endswith(ends) else t
@@ -597,13 +650,14 @@ def silence(yours, model):
             "you have silenced all heads of the layer: z is (N, T, heads, D)": model(
                 idx, tap=lambda name, t: zero(name, t, layers))[0],
             "you have silenced positions, not heads: z is (N, T, heads, D)": model(idx, tap=at_positions)[0],
+            "layer and head are exchanged: heads are (l, h)": model(idx, tap=copying.shut([(h, l) for l, h in heads]))[0],
             "only the last head of the list is silent": model(idx, tap=copying.shut(heads[-1:]))[0],
             "only the first head of the list is silent": model(idx, tap=copying.shut(heads[:1]))[0],
             "you have silenced all the others": model(idx, tap=copying.shut(
                 {(l, h) for l in range(model.config.n_layer) for h in range(n_head)} - set(heads)))[0]})
 
 
-@check(6)
+@check(6, TAP)
 def effects(yours, model, idx):
     L, H, half = model.config.n_layer, model.config.n_head, idx.shape[1] // 2
     worse = copy.deepcopy(model)  # it is right on fewer than all, as the dense model
@@ -624,6 +678,7 @@ def effects(yours, model, idx):
         "this is a share of what the model has right: take the difference": (right([]) - without) / right([]),
         "this is the share that is still right: the effect is what is lost": without,
         "the sign is wrong: above 0 where copying suffers": without - right([]),
+        "rows and columns are exchanged: a row is a layer, [l, h]": (right([]) - without).T,
         "each head alone: yours stay silent while the next one is tried": right([]) - so_far})
 
 
@@ -649,7 +704,7 @@ def writes(yours, model, idx):
         compare(yours(model, run, l, h), right, mistakes)
 
 
-@check(2)
+@check(2, TAP | {"does not require grad": "at `final` put in t.detach().requires_grad_(), and return that copy"})
 def gradient(yours, model, idx, metric):
     right = patching.gradients(model, idx, metric, ["final"])[0]["final"]
     early = patching.gradients(model, idx, metric, [f"h{model.config.n_layer - 1}.mlp.in"])[0]
@@ -690,13 +745,14 @@ def exact(yours, model, task):
     full, name = task.metric(model(task.clean)[0]).mean(), f"h{place[0]}.attn.out"
     node = task.metric(patching.patch(model, task.clean, {name: run[name] + change})).mean() - full
     with torch.no_grad():
-        without_norm = task.metric(model.lm_head(run["final"] + change)).mean() - full
+        bare, changed = (task.metric(model.lm_head(x)).mean() for x in (run["final"], run["final"] + change))
     compare(float(yours(model, run, change, task.metric)), right, {
         "the sign is wrong: M with the patch minus M without": -right,
         "this is M with the patch: subtract M without": right + full,
         "the layers in between have read the change, too: only the logits should": node,
         "this is the attribution score: run the model's end": (change * slope).sum() / len(change),
-        "where is the norm? The logits are lm_head(ln_f(x))": without_norm,
+        "where is the norm? The logits are lm_head(ln_f(x))": changed - bare,
+        "where is the norm? The logits of the patched run are lm_head(ln_f(x)), too": changed - full,
         "this is the sum over prompts: take their mean": right * len(change)})
 
 

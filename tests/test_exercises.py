@@ -475,6 +475,9 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("logits", lambda q, k: logits(q, k) + 1, "a constant too much"),
     ("logits", lambda q, k: q @ k.T / 4 + sparse.allowed_pairs(6, True).float() * -torch.inf, "Use masked_fill"),
     ("logits", lambda q, k: logits(q, k)[0], "the shape is"),
+    ("logits", lambda q, k: (q @ k.T / 4).masked_fill(~torch.ones(6, 6).tril(-1).bool(), -torch.inf), "may read itself"),
+    ("gate", lambda s, b, u: torch.bernoulli(torch.sigmoid(s + b)), "draw no other"),
+    ("gate", lambda s, b, u: s + b - u.log() > 0, "noise is log"),
     ("gate", lambda s, b, u: s + b > 0, "no noise"),
     ("gate", lambda s, b, u: s + b + torch.logit(u) > 0, "other sign"),
     ("gate", lambda s, b, u: hard(s, 0.0, u), "forget b"),
@@ -489,6 +492,8 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("straight_through", lambda s, b, u: hard(s, b, u) + (soft(s, b, u) - soft(s, b, u)), "let gradients flow through the hard gate"),
     ("straight_through", lambda s, b, u: hard(s, b, u) + (torch.sigmoid(s + b) - torch.sigmoid(s + b).detach()), "no noise"),
     ("straight_through", lambda s, b, u: hard(s, b, u) + (s - s.detach()), "with slope 1"),
+    ("straight_through", lambda s, b, u: hard(s, b, u) + (soft(s, 0.0, u) - soft(s, 0.0, u).detach()), "forget b in the soft"),
+    ("straight_through", lambda s, b, u: hard(s, b, u) + (soft(s, b, 1 - u) - soft(s, b, 1 - u).detach()), "the other sign"),
     ("straight_through", lambda s, b, u: hard(s, b, u) + (soft(s, b, u).detach() - soft(s, b, u)), "sign"),
     ("head", lambda q, k, v, b, u: ((logits(q, k) + b - torch.logit(u) > 0).float() * logits(q, k).softmax(-1)) @ v, "its gradient to q is not"),
     ("logits", lambda q, k: (q @ k.T / math.sqrt(q.shape[-1])).masked_fill(torch.ones(len(q), len(q)).tril().bool(), -torch.inf), "masked the pairs"),
@@ -512,6 +517,7 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("point_at", lambda lam: (3 / (1 + lam), 4 / (1 + lam)), "wrong term"),
     ("point_at", lambda lam: (3, 4), "C alone"),
     ("point_at", lambda lam: (1, 1), "the gradient at your point"),
+    ("point_at", lambda lam: 3 * lam / (1 + lam), "the two coordinates"),
     ("loss", lambda E, C, lam: E + lam * C, "divide by 1 .* lambda"),
     ("loss", lambda E, C, lam: (lam * E + C) / (1 + lam), "not E"),
     ("loss", lambda E, C, lam: (E + lam * C) / lam, "divided by lambda"),
@@ -529,6 +535,8 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("update", controller(sign=-1), "h goes down"),
     ("update", controller(cut=False), "cut h off"),
     ("update", controller(nu=0), "nu is missing"),
+    ("update", lambda *x: update(x[0], x[1] or 0.0, *x[2:]), "begins at 0"),
+    ("update", lambda *x: update(*x)[::-1], "return h, c"),
     ("multipliers", lambda: dict(bad=dict(nu=0.01, kp=0), good=dict(nu=0.01, kp=1)), "make nu larger"),
     ("multipliers", lambda: dict(bad=dict(nu=0.1, kp=0), good=dict(nu=0.1, kp=0.1)), "make kp larger"),
     ("multipliers", lambda: dict(bad=dict(nu=0.1, kp=0), good=dict(nu=0.1, kp=12)), "noise of single batches"),
@@ -545,6 +553,10 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("reads", lambda gates, l, i: gates[:, l].any(1)[:, :, i].double().mean(0), "exchanged"),
     ("reads", lambda gates, l, i: gates.any(2).double().mean((0, 1))[i], "all layers"),
     ("reads", lambda gates, l, i: gates[:, l].any(1)[:, i].double().sum(0), "numbers of problems"),
+    ("reads", lambda gates, l, i: gates[:, l, :, i].double().mean((0, 1)), "mean over heads"),
+    ("reads", lambda gates, l, i: gates[:, l, :, i].double().sum(1).mean(0), "sum over heads"),
+    ("reads", lambda gates, l, i: gates[:, l, 0, i].double().mean(0), "the first one alone"),
+    ("reads", lambda gates, l, i: gates[:, l].all(1)[:, i].double().mean(0), "it should be in either"),
     ("carry", lambda: torch.arange(10000) // 100 % 10 + torch.arange(10000) % 10 > 10, "use > 10"),
     ("carry", lambda: torch.arange(10000) // 100 + torch.arange(10000) % 100 >= 100, "into the hundreds"),
     ("carry", lambda: torch.arange(10000) // 1000 + torch.arange(10000) // 10 % 10 >= 10, "tens digits"),
@@ -579,6 +591,8 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("fit", lambda t: t[0, 0] / t.sum(), "divide by those"),
     ("two_heads", best(lambda t: t[:, 0].sum()), "the most open gates"),
     ("two_heads", best(lambda t: -fit(t)), "the best fit"),
+    ("two_heads", best(share), "a head that opens everything"),
+    ("two_heads", best(lambda t: t[0, 0] / t[:, 0].sum().clamp(min=1e-9)), "one lucky gate"),
     ("two_heads", lambda gates: {role: [*at] for role, at in two_heads(gates).items()}, "a head is a tuple"),
     ("two_heads", lambda gates: dict(zip(("induction", "previous token"), two_heads(gates).values())), "roles are exchanged"),
     ("two_heads", lambda gates: {role: at[::-1] for role, at in two_heads(gates).items()}, "layer and head are exchanged"),
@@ -588,9 +602,11 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("silence", at_taps("z", zero_position), "silenced positions"),
     ("silence", lambda model, idx, heads: silence(model, idx, heads[-1:]), "only the last"),
     ("silence", lambda model, idx, heads: silence(model, idx, heads[:1]), "only the first"),
+    ("silence", lambda model, idx, heads: silence(model, idx, [(h, l) for l, h in heads]), "layer and head are exchanged"),
     ("silence", lambda model, idx, heads: silence(model, idx, {(l, h) for l in range(4) for h in range(4)} - {*heads}), "all the others"),
     ("effects", lambda model, idx: share_right(model(idx)[0], idx) - effects(model, idx), "still right"),
     ("effects", lambda model, idx: -effects(model, idx), "sign"),
+    ("effects", lambda model, idx: effects(model, idx).T, "a row is a layer"),
     ("effects", lambda _, idx: effects(model("copying_sparse"), idx), "use the model that is given"),
     ("effects", lambda model, idx: 1 - share_right(model(idx)[0], idx) + effects(model, idx), "not from 1"),
     ("effects", lambda model, idx: effects(model, idx) / share_right(model(idx)[0], idx), "take the difference"),
@@ -614,6 +630,8 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("exact", lambda model, run, change, metric: (change * gradient(model, induction()[0], metric)).sum() / len(change), "attribution score"),
     ("exact", lambda model, run, change, metric: (metric(model.lm_head(run["final"] + change)) - metric(
         model.lm_head(model.ln_f(run["final"])))).mean(), "where is the norm"),
+    ("exact", lambda model, run, change, metric: (metric(model.lm_head(run["final"] + change)) - metric(
+        model.lm_head(run["final"]))).mean(), "where is the norm"),
     ("exact", lambda *x: exact(*x) * 4, "sum over prompts"),
     ("most_missed", lambda s, e, edges: most_missed(s, e, edges | True), "stay with the edges"),
     ("most_missed", lambda s, e, edges: most_missed(0 * s, e, edges), "largest effect"),
@@ -635,6 +653,39 @@ def test_a_check_names_the_mistake(name, wrong, says):
     with pytest.raises(checks.NotYet) as found:
         getattr(checks, name)(wrong, *ARGUMENTS.get(name, tuple)())
     assert re.match(rf"task \d, {name}\(\) in .*, line \d+, not yet: ", str(found.value)) and re.search(says, str(found.value))
+
+
+def no_return(ends):
+    def wrong(model, *_):
+        def tap(name, t):
+            if name.endswith(ends):
+                return t
+        return model(induction()[0] if model.config.causal else torch.zeros(1, 11, dtype=torch.long), tap=tap)[0]
+    return wrong
+
+
+STOPS = [  # (check, code that stops, or returns what is no answer, what the message must say)
+    ("update", lambda h, c, C, tau, width, nu, ema, *_: (h, ema * c + (1 - ema) * C), "c is None at the very first step"),
+    ("gates", no_return("q"), "does your tap return the tensor"),
+    ("set_gate", no_return("q"), "does your tap return the tensor"),
+    ("silence", no_return("z"), "does your tap return the tensor"),
+    ("silence", lambda model, idx, heads: model(idx).argmax(-1), r"take \[0\]"),
+    ("effects", lambda model, idx: share_right(model(idx), idx), r"take \[0\]"),
+    ("gradient", lambda model, idx, metric: metric(model(idx)), r"take \[0\]"),
+    ("gradient", lambda model, idx, metric: torch.autograd.grad(metric(model(idx)[0]).sum(), torch.zeros(1)), "return that copy"),
+    ("head", lambda q, k, v, b, u: q @ k @ v, "stops at `.*q @ k @ v.* .RuntimeError"),
+    ("table", lambda gates, pairs: [["many", "few"]], "the docstring's ->"),
+    ("score", lambda change, slope: (change * slope).sum((1, 2)), "the docstring's ->"),
+    ("strongest", lambda scores, edges, n: [0] * n, "the docstring's ->"),
+]
+
+
+@pytest.mark.parametrize("name, wrong, says", STOPS, ids=[f"{name}: {says}" for name, _, says in STOPS])
+def test_code_that_stops_is_one_line_with_its_place(name, wrong, says):
+    with pytest.raises(checks.NotYet) as found:
+        getattr(checks, name)(wrong, *ARGUMENTS.get(name, tuple)())
+    said = str(found.value)
+    assert re.match(rf"task \d, {name}\(\) in .*, line \d+, ", said) and re.search(says, said) and "\n" not in said
 
 
 def test_every_check_has_a_mistake():
