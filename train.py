@@ -230,7 +230,7 @@ def train(flags, saved=None, bar=None):
     # optimiser and multiplier, which looks at one step in LOOK_EVERY and so moves further at a time
     optimizer = torch.optim.AdamW([  # matrices decay, vectors do not
         {"params": [p for p in model.parameters() if p.requires_grad and (p.dim() > 1) == decays],
-         "weight_decay": 0.1 * decays} for decays in (True, False)], betas=(0.9, 0.95))
+         "weight_decay": 0.1 * decays} for decays in (True, False)], betas=(0.9, 0.95), fused=True)
     geco = GECO(tau(0), nu=0.01 * LOOK_EVERY, ema=0.95**LOOK_EVERY)
     if saved:
         fsdp.load(saved, model, optimizer, trained_only=flags.lora > 0)
