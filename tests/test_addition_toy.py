@@ -211,7 +211,7 @@ def short_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(toy, "train_dense", dense)
         patch.setattr(toy, "train_sparse", sparse)
-        toy.main(toy.Flags(dense_steps=800, tries=1, steps=300, loose=1.0, out=str(folder)))
+        toy.main(toy.Flags(dense_steps=500, tries=1, steps=250, loose=1.0, out=str(folder)))
     return folder, printed.getvalue(), problems
 
 
@@ -220,14 +220,14 @@ def test_a_short_run_learns_and_writes_everything(short_run):
     folder, printed, _ = short_run
     results = json.load(open(folder / "results.json"))
     assert results["dense_exact"] > 0.9
-    assert results["exact"] > 0.2  # far from done; guessing gives 0.01
+    assert results["exact"] > 0.5  # far from done; guessing gives 0.01
     assert results["mean_open_edges"] < 80 < results["allowed_edges"] == 242
     [seed] = results["per_seed"]
     assert seed["exact"] == results["exact"] and seed["tries"] == [None]
     assert {"exact_heldout", "circuit", "carry_table", "tau"} <= seed.keys()
     assert "no state qualified" in printed and all(line in printed for line in seed["circuit"])
     lines = [json.loads(line) for line in open(folder / "log.jsonl")]
-    assert [line["step"] for line in lines[1:]] == [100, 200, 300] and lines[3]["bound"] == pytest.approx(seed["tau"])
+    assert [line["step"] for line in lines[1:]] == [100, 200, 250] and lines[3]["bound"] == pytest.approx(seed["tau"])
     for name in ("circuits.png", "training.png", "dense.pt", "sparse.pt"):
         assert os.path.getsize(folder / name) > 1000
     e = toy.evaluate(Transformer.from_pretrained(str(folder / "sparse.pt")), *toy.problems())

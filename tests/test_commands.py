@@ -113,7 +113,7 @@ def run(command):
 def test_every_command_runs(tmp_path, registry, monkeypatch, capfd):
     stand_ins(tmp_path, registry)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(attention_cost, "ON_CPU", [(1, 12, 12, 256)])
+    monkeypatch.setattr(attention_cost, "ON_CPU", [(1, 12, 12, 32)])
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: Figure().savefig(path))  # a quick one
     monkeypatch.setattr(ablations, "VARIANTS", dict(list(ablations.VARIANTS.items())[:2]))
     ran = 0

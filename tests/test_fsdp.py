@@ -48,11 +48,11 @@ def base(tmp_path_factory):
                     "--lr", "0.01"]
 
 
-def alone(folder, *flags, dtype=torch.float64):
+def alone(folder, *flags, dtype=torch.float64, impl="auto"):
     """train.py in this process, to its end or the end of its sitting."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        prepare(patch.setattr, dtype)
+        prepare(patch.setattr, dtype, impl)
         try:
             train.main(plumbing_flags.parse(train.Flags, flags))
         except SystemExit as stop:
@@ -61,7 +61,7 @@ def alone(folder, *flags, dtype=torch.float64):
             torch.set_default_dtype(torch.float32)
 
 
-def on_rank(rank, port, folder, flags, dtype, machines, environment):
+def on_rank(rank, port, folder, flags, dtype, impl, machines, environment):
     """What torchrun starts, with its output in a file."""
     os.chdir(folder)
     names = {"RANK": rank, "LOCAL_RANK": rank // machines, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2 // machines,
@@ -70,16 +70,16 @@ def on_rank(rank, port, folder, flags, dtype, machines, environment):
     sys.argv, sys.stdout = ["train.py", "--fsdp", *flags], open(f"rank{rank}.txt", "w")
     sys.stderr = sys.stdout
     torch.set_num_threads(1)
-    prepare(dtype=dtype)
+    prepare(dtype=dtype, impl=impl)
     plumbing_flags.run(train.main, train.Flags)
 
 
-def together(folder, *flags, dtype=torch.float64, machines=1):
+def together(folder, *flags, dtype=torch.float64, impl="auto", machines=1):
     """train.py on two ranks; what each of them printed. machines: 2 of one rank, or 1 of two."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    ranks = [RANKS.Process(target=on_rank, args=(rank, port, folder, flags, dtype, machines,
+    ranks = [RANKS.Process(target=on_rank, args=(rank, port, folder, flags, dtype, impl, machines,
                                                  dict(os.environ))) for rank in range(2)]
     for rank in ranks:
         rank.start()
@@ -195,6 +195,15 @@ def test_bad_input_is_one_line(base):
     run = subprocess.run(torchrun(*flags, "--batch-size", "3", "--out", "x"), cwd=folder, env=ENV,
                          capture_output=True, text=True)
     assert run.stderr.count("error: --batch-size 3 is over all ranks and must be a multiple") == 1, run.stderr
+
+
+def test_two_ranks_with_the_gpu_kernel_are_one_process_without_it(base):
+    """In Triton's interpreter, with activations recomputed in the backward pass."""
+    folder, flags = base
+    flags = [*flags, "--steps", "1", "--batch-size", "2", "--accumulate", "1", "--context", "16", "--recompute", "--slack", "1"]
+    together(folder, *flags, "--out", "kernel", dtype=torch.float32, impl="triton")
+    alone(folder, *flags, "--out", "chunked", dtype=torch.float32, impl="chunked")
+    torch.testing.assert_close(numbers(folder / "kernel"), numbers(folder / "chunked"), rtol=1e-4, atol=0)
 
 
 # -----------------------------------------------------------------------------

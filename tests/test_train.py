@@ -96,7 +96,7 @@ def test_with_no_init_it_trains_a_base_and_then_shuts_edges(tmp_path, capsys):
     steps = log_of(tmp_path, "open")
     assert steps[-1]["open"] < 0.8 * steps[0]["open"] and results["open_frac_last"] < 0.9
     for name in ("ce_open.png", "heads.png", "lambda.png"):
-        assert os.path.getsize(tmp_path / name) > 5000
+        assert os.path.getsize(tmp_path / name) > 2000
     last = Transformer.from_pretrained(str(tmp_path / "last.pt"))
     assert last.config.sparse and last.config.gate_bias == 2.0
     dense = Transformer.from_pretrained(str(tmp_path / "dense"))

@@ -1,6 +1,5 @@
 """The GPU kernel in Triton's interpreter, on the CPU: values and gradients against naive."""
 
-import json
 import os
 import re
 import subprocess
@@ -13,10 +12,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 import model
-import train
 from model import Config, Transformer
 from plumbing import triton_gated
-from plumbing.flags import parse
 from sparse import gated_attention, noise_keys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -37,8 +34,7 @@ def compare(T, D, H, H_kv, bias, seed, causal, dtype=torch.float32, tolerance=1e
 
 
 @pytest.mark.parametrize("seed", [None, 7])
-@pytest.mark.parametrize("D", [16, 64, 128])
-@pytest.mark.parametrize("T", [1, 17, 64, 130])
+@pytest.mark.parametrize("T, D", [(1, 16), (17, 128), (64, 64), (70, 128), (130, 16)])
 def test_values_and_gradients(T, D, seed):
     """Sampled gates have the noise of the specification: they are the same gates."""
     compare(T, D, 2, 2, 0.3, seed, True)
@@ -83,7 +79,7 @@ def test_float16(seed):
 @pytest.mark.parametrize("seed", [None, 7])
 @pytest.mark.parametrize("D", [64, 128])
 def test_bfloat16(bfloat16_products, D, seed):
-    compare(130, D, 4, 2, 0.5, seed, True, torch.bfloat16, tolerance=1e-2)
+    compare(70, D, 2, 1, 0.5, seed, True, torch.bfloat16, tolerance=1e-2)
 
 
 def test_the_same_twice():
@@ -160,40 +156,6 @@ def test_the_operators_are_what_they_say():
     q, k, v = (torch.randn(2, heads, 9, 16).requires_grad_() for heads in (4, 2, 2))
     keys = [x.contiguous() for x in noise_keys(torch.tensor([5, 6]), 4, 9)]
     torch.library.opcheck(triton_gated.gated, (q, k, v, *keys, 0.5, True, True))
-
-
-FSDP = """
-from functools import partial
-import model, train
-from plumbing.flags import run
-train.EVAL_SEQUENCES = 4
-model.gated_attention = partial(model.gated_attention, impl="triton")
-run(train.main, train.Flags)
-"""
-
-
-def test_fsdp(tmp_path, monkeypatch):
-    """Two ranks with the kernel go the way of one process without it."""
-    torch.manual_seed(0)
-    Transformer(Config(block_size=16, vocab_size=257, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48,
-                       norm="rmsnorm", position="rope", mlp="swiglu", attention_bias=False,
-                       mlp_bias=False)).save_pretrained(str(tmp_path / "base"))
-    (tmp_path / "text.txt").write_text("".join(f"{n} times {n} is {n * n}; " for n in range(2000)))
-    (tmp_path / "with_triton.py").write_text(FSDP)
-    flags = ["--init", "base", "--data", "text.txt", "--steps", "2", "--batch-size", "2", "--context", "16",
-             "--eval-every", "2", "--device", "cpu", "--recompute", "--slack", "1"]
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "with_triton.py",
-         "--fsdp", *flags, "--out", "triton"], cwd=tmp_path, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0, run.stderr
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model, "gated_attention", partial(gated_attention, impl="chunked"))
-    monkeypatch.setattr(train, "EVAL_SEQUENCES", 4)
-    train.main(parse(train.Flags, [*flags, "--out", "chunked"]))
-    found = [json.loads((tmp_path / impl / "results.json").read_text()) for impl in ("chunked", "triton")]
-    for key in ("ce_dense", "ce_last", "ce_sparse", "open_frac_last"):
-        assert found[1][key] == pytest.approx(found[0][key], rel=1e-4)
 
 
 # -----------------------------------------------------------------------------
