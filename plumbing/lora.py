@@ -75,7 +75,8 @@ def fingerprint(weights):
 
 
 def save(path, adapters, base, config):
-    """The adapter file: {name: tensor}, the base's fingerprint, and the gates they were trained with."""
+    """The adapter file: {name: tensor} in bfloat16, the base's fingerprint, and the gates they were trained with."""
+    adapters = {name: t.to(torch.bfloat16) for name, t in adapters.items()}
     gates = {"sparse": config.sparse, "gate_bias": config.gate_bias}
     write_safetensors(path, adapters, {"base": base, "gates": json.dumps(gates)})
 

@@ -143,10 +143,13 @@ class Run:
         if not self.flags.sparse:
             return {"ce": last["ce"], "ce_val": trace[-1]["ce"], "copying": copies(model),
                     "trace": [[point["step"], point["ce"]] for point in trace]}
-        if best:
-            self.load_best(model)
-        else:
+        if not best:
             print("no state met the bound: the last one is reported; more --steps or --slack may help")
+            if self.flags.lora:
+                self.export("last", self.flags.steps, model)
+                fsdp.wait()  # for rank 0's file
+        if best or self.flags.lora:
+            self.load_best(model)
         kept, sampled = measure(model), measure(model, sampled=True)
         per_query = kept["open"] * (self.context + 1) / 2  # a query sees (context + 1) / 2 keys on average
         print(f"open edges {kept['open']:.2%}, {per_query:.2f} a query and head at context {self.context}")

@@ -71,7 +71,7 @@ def stand_ins(folder, registry):
 
 
 def settings(script, words):
-    """What makes the command small; sizes that are given stay, but for those of SMALL."""
+    """What makes the command small."""
     more = SMALL[script]
     if script == "train.py":
         if "--resume" in words:
@@ -87,27 +87,28 @@ def settings(script, words):
     return more.split()
 
 
-def run(command):
-    """1, or 0 if it is left to another test."""
+def run(command, ran):
+    """Runs it, unless another test does or it is, made small, one of those in `ran`, to which it is added."""
     words = [NAMES.get(word, word) for word in re.split(r"([\s/])", command)]
     words = [word for word in shlex.split("".join(words)) if word != "-m"]
     at = next(n for n, word in enumerate(words) if n and (words[0] == "python" or word.endswith(".py")))
     script, rest = words[at], words[at + 1:]
-    if script == "pytest" or script.startswith("exercises"):
-        return 0  # this is it; test_exercises.py runs those
+    if script == "pytest" or script.startswith("exercises") or "--nnodes" in words:
+        return  # this is it; test_exercises.py and test_fsdp.py, with its two machines, run those
     rest += settings(script, rest)
-    if "--nnodes" in words or {"out/large", "--seeds", "--rounds"} & {*words}:
-        return 0  # two machines: test_fsdp.py has them; the others only differ in size from one that ran
+    module = importlib.import_module(script.removesuffix(".py"))
+    given = flags.parse(module.Flags, rest)
+    if (script, given) in ran:
+        return
+    ran.append((script, given))
     if words[0] == "torchrun":  # one process; test_fsdp.py has more
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
                         os.path.join(ROOT, script), *rest], check=True)
-        return 1
-    module = importlib.import_module(script.removesuffix(".py"))
+        return
     try:
-        module.main(flags.parse(module.Flags, rest))
+        module.main(given)
     except SystemExit as end:
         assert not end.code
-    return 1
 
 
 def test_every_command_runs(tmp_path, registry, monkeypatch, capfd):
@@ -116,13 +117,13 @@ def test_every_command_runs(tmp_path, registry, monkeypatch, capfd):
     monkeypatch.setattr(attention_cost, "ON_CPU", [(1, 12, 12, 32)])
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: Figure().savefig(path))  # a quick one
     monkeypatch.setattr(ablations, "VARIANTS", dict(list(ablations.VARIANTS.items())[:2]))
-    ran = 0
+    ran = []
     for command in commands():
         try:
-            ran += run(command)
+            run(command, ran)
         except BaseException as error:
             pytest.fail(f"{command}: {type(error).__name__}: {error}")
-    assert ran > 20
+    assert len(ran) > 25
     for made in ("out/addition/results.json", "out/scratch/results.json", "out/patching-induction/circuit.html",
-                 "out/gpt2/results.json", "out/ioi/results.json", "assets/news.txt", "out/attention/cost.png"):
+                 "out/gpt2/results.json", "out/large/results.json", "out/ioi/results.json", "assets/news.txt", "out/attention/cost.png"):
         assert (tmp_path / made).exists(), made
