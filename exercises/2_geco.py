@@ -232,8 +232,8 @@ axes[0, 0].set(title="task 5: the same nu, two kp", ylabel="C")
 axes[0, 1].set(title="task 6: out of reach until step 1500", ylabel="C")
 for axis in axes[1]:
     axis.set(xlabel="step", ylabel="lambda")
-for axis in axes.flat:
-    axis.margins(y=0.3)  # room for the legend
+for axis, room in zip(axes.flat, (1.4, 1.4, 10, 10)):
+    axis.set_ylim(top=room * axis.get_ylim()[1])  # for the legend
     axis.legend(loc="upper right")
 checks.picture(figure, "2_geco.png")
 

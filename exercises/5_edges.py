@@ -225,7 +225,7 @@ for reader, mark in zip(readers, "os^"):
     rows = few.edges[:, column]
     axes[0].scatter(effects[rows, column], scores[rows, column], marker=mark, label=f"read by {reader}")
     for u in rows.nonzero()[:, 0].tolist():
-        if torch.maximum(effects[u, column].abs(), scores[u, column].abs()) > 2:
+        if torch.maximum(effects[u, column].abs(), scores[u, column].abs()) > 1:
             axes[0].annotate(graph.sources[u], (effects[u, column], scores[u, column]), xytext=(5, 5),
                              textcoords="offset points")
 low, high = effects.min().item(), effects.max().item()
