@@ -225,7 +225,7 @@ def head(yours):
     q_, k_, v_ = q[None, None], k[None, None], v[None, None]
     right, y = sparse.naive(q_, k_, v_, -1.0, keys, True)[0][0, 0], yours(q, k, v, -1.0, u)
     A = sparse.gate_map(q_, k_, -1.0, 7)[0, 0]
-    assert not A.any(-1).all() and A.any(), "a row with all gates shut is what this is about"
+    assert not A.any(-1).all() and A.any()  # a row with all gates shut is what this is about
     assert not y.isnan().any(), ("there is a nan: 0 / 0 in a row whose gates are all shut, did you renormalise after "
                                  "the gate? Or 0 times -inf: the gate multiplies a, not s")
     s = (q @ k.T / 4).masked_fill(~allowed, -torch.inf)
@@ -397,11 +397,12 @@ def gates(yours, model):
     idx, targets = (t[::61] for t in tasks.problems())
     _, s = tapped(model, idx)
     b, right = model.config.gate_bias, addition_toy.evaluate(model, idx, targets).gates
-    compare(yours(model, idx), right, {
+    mine = yours(model, idx)
+    assert same(mine, yours(model, idx)), "twice the same problems, and the gates differ: these are drawn, and n = 0 here"
+    compare(mine, right, {
         "did you forget b?": s > 0,
         "rows and columns are exchanged: [..., i, j] is the gate from j to i, query i": right.mT,
         "did you divide s by sqrt(D)? Without it b counts too little": s * math.sqrt(model.config.head_size) + b > 0,
-        "these gates are drawn: the deterministic ones have no noise": sparse.gates(s, b, torch.rand_like(s)) > 0.5,
         "this is causal, but in this model every token may read every other": right.tril()})
 
 

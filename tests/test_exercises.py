@@ -550,6 +550,7 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("gates", from_s(lambda s, b: (s + b > 0).mT), "exchanged"),
     ("gates", from_s(lambda s, b: s * 32**0.5 + b > 0), "sqrt"),
     ("gates", from_s(lambda s, b: (s + b > 0).tril()), "causal"),
+    ("gates", from_s(lambda s, b: sparse.gates(s, b, torch.rand_like(s)) > 0), "these are drawn"),
     ("reads", lambda gates, l, i: gates[:, l].any(1)[:, :, i].double().mean(0), "exchanged"),
     ("reads", lambda gates, l, i: gates.any(2).double().mean((0, 1))[i], "all layers"),
     ("reads", lambda gates, l, i: gates[:, l].any(1)[:, i].double().sum(0), "numbers of problems"),
@@ -565,6 +566,7 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("carry", lambda: carry().long(), "True or False"),
     ("carry_edge", lambda gates, carry: (0, 9, 0, True), "layer 0 reads digits"),
     ("carry_edge", lambda gates, carry: (1, 10, 9, True), "i and j exchanged"),
+    ("carry_edge", lambda gates, carry: (1, 9, 9, True), "j is i itself"),
     ("carry_edge", lambda gates, carry: (1, 9, 10, False), "sign is not"),
     ("carry_edge", lambda gates, carry: (1, 8, 9, True), "open most often"),
     ("carry_edge", lambda gates, carry: (1, 8, 10, True), "open when there is none"),
@@ -581,6 +583,7 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("right_pairs", pairs(induction=lambda i, j, T: i - j == T // 2 + 1), "one too far back"),
     ("right_pairs", pairs(induction=lambda i, j, T: i - j == T // 2 - 1), "no edge to j = 0"),
     ("right_pairs", pairs(induction=lambda i, j, T: (j - i == T // 2 - 1) & (i > 0)), "exchanged"),
+    ("right_pairs", lambda T: dict(enumerate(right_pairs(T).values())), "return .*previous token"),
     ("table", lambda gates, pairs: table(gates, pairs) + torch.tensor([[0, 0], [0, 496]]), "over allowed pairs only"),
     ("table", counted(lambda t, gates: t * len(gates)), "take the mean"),
     ("table", counted(lambda t, gates: t.T), "exchanged"),
@@ -591,6 +594,8 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("fit", lambda t: t[0, 0] / t.sum(), "divide by those"),
     ("two_heads", best(lambda t: t[:, 0].sum()), "the most open gates"),
     ("two_heads", best(lambda t: -fit(t)), "the best fit"),
+    ("two_heads", lambda gates: dict(enumerate(two_heads(gates).values())), "return .*previous token"),
+    ("two_heads", lambda gates: two_heads(induction()[1] > 0), "fits best"),
     ("two_heads", best(share), "a head that opens everything"),
     ("two_heads", best(lambda t: t[0, 0] / t[:, 0].sum().clamp(min=1e-9)), "one lucky gate"),
     ("two_heads", lambda gates: {role: [*at] for role, at in two_heads(gates).items()}, "a head is a tuple"),
@@ -639,6 +644,9 @@ WRONG = [  # (check, a wrong solution, what the message must say)
     ("most_missed", lambda s, e, edges: most_missed(s, 0 * e, edges), "largest score"),
     ("most_missed", lambda s, e, edges: divmod((e - s).where(edges, -torch.inf).argmax().item(), 3), "absolute difference"),
     ("most_missed", lambda s, e, edges: divmod((e - s).abs().where(edges, torch.inf).argmin().item(), 3), "differ least"),
+    ("most_missed", lambda s, e, edges: most_missed(s, e, edges) if s.shape == (2, 3) else divmod(
+        (s - e).abs().where(edges, -1).flatten().topk(10).indices[9].item(), 9), "elsewhere by"),
+    ("strongest", lambda scores, edges, n: strongest(scores, edges, n + 1) & ~strongest(scores, edges, 1), "larger .score. than one inside"),
     ("strongest", topk(lambda scores, edges: only(edges, scores)), "forget the absolute value"),
     ("strongest", topk(lambda scores, edges: only(edges, -scores)), "forget the absolute value"),
     ("strongest", topk(lambda scores, edges: only(edges, -scores.abs())), "weakest"),
@@ -690,6 +698,25 @@ def test_code_that_stops_is_one_line_with_its_place(name, wrong, says):
 
 def test_every_check_has_a_mistake():
     assert {name for solutions in SOLUTIONS.values() for name in solutions} == {name for name, *_ in WRONG}
+
+
+def test_every_message_of_a_check_has_its_mistake():
+    """Those of assert and raise, and the keys of the tables of mistakes."""
+    def text(node):
+        return " ".join(n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+
+    shown, count = {}, 0
+    for name, _, says in WRONG:
+        shown.setdefault(name, []).append(says)
+    for function in ast.parse(pathlib.Path(checks.__file__).read_text()).body:
+        for node in ast.walk(function) if function.__class__ is ast.FunctionDef and function.name in shown else ():
+            said = [node.msg] if isinstance(node, ast.Assert) else [node.exc] if isinstance(node, ast.Raise) else (
+                node.keys if isinstance(node, ast.Dict) and node not in ast.walk(function.decorator_list[0]) else [])
+            for message in (text(part) for part in said if part is not None):
+                if message.count(" ") > 2:  # no names
+                    count += 1
+                    assert any(re.search(says, message) for says in shown[function.name]), (function.name, message)
+    assert count > 130
 
 
 def test_an_edge_that_is_open_without_a_carry_is_an_answer_too(capsys):
