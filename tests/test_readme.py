@@ -214,7 +214,7 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
         "edges_for_0.9_cumulative_mean_of_curves", "edges_for_0.9_cumulative", "edges_for_0.9"))
     shares = range_of([r["open_frac"] for r, _ in demos()], ".2%")
     gaps = range_of([r["ce_sparse"] - r["ce_dense_control"] for r, _ in demos()], ".3f")
-    english, smollm2 = results("english/sparse"), results("smollm2")
+    english, smollm2, large = results("english/sparse"), results("smollm2"), results("copying-large")
     assert (f"take {two_cores} minutes on two CPU cores ([seed 4](results/demo/seed4/results.json)), "
             f"{one_core} on one") in " ".join(PAGES["RESULTS.md"].split())
     for text in (
@@ -231,6 +231,7 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
             f"control {demo['ce_dense_control']:.3f} |",
             f"| {results('circuits/ioi')['seconds'] / 60:.0f} for SmolLM2",
             f"| copying model {shares}, {gaps} nats above its control, {len(circuits)} seeds |",
+            f"| 8 layers of 8 heads {large['open_frac']:.2%}, {large['ce_sparse'] - large['ce_dense_control']:.3f} above; "
             f"English bytes {english['open_frac']:.2%}, {english['ce_sparse'] - english['ce_dense_control']:.3f} above",
             f"SmolLM2-135M {smollm2['open_frac']:.2%}, {smollm2['ce_sparse'] - smollm2['ce_dense_control']:.2f} above",
             f"| copying model {each}, {averaged}; by effect {by_effect} |",
