@@ -1,8 +1,8 @@
 """Which folder a run may write to, how it goes on there, and what it may be compared with.
 
 OUT holds last.pt (all that --resume needs; the folder last/ of a sharded run), best.pt or with --lora
-adapter.safetensors (the sparsest state within the bound), results.json, log.jsonl and the figures. From
-scratch it holds the folders dense and control, too.
+adapter.safetensors (the sparsest state within the bound; without one there is no best.pt, and the adapter
+is the last), results.json, log.jsonl and the figures. From scratch it holds the folders dense and control, too.
 """
 
 import json
