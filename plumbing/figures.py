@@ -232,30 +232,36 @@ def draw_geco(trace, expected, path):
 # train.py
 
 
+LOSSES = {"ce": "CE", "kl": "KL(dense, sparse)"}
+
+
 def draw_training(folder, trace, best, tau, ce_dense, control, context):
     """ce_open.png, heads.png and lambda.png in the run's folder, from the evaluations so far.
 
     trace, best: dicts of train.py's evaluations; ce_dense, tau in nats; control: its results or None.
     """
     opened, steps = [100 * p["open"] for p in trace], [p["step"] for p in trace]
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axis = figure.subplots()
-    axis.plot(opened, [p["ce"] for p in trace], "o-", markersize=3, label="deterministic gates")
+    bounded = "kl" if "kl" in trace[0] else "ce"
+    losses = ["ce"] if bounded == "ce" else ["ce", "kl"]
     sampled = [p for p in trace if "ce_sampled" in p]
-    axis.plot([100 * p["open"] for p in sampled], [p["ce_sampled"] for p in sampled], ".", color="0.6",
-              label="sampled gates")
-    axis.axhline(ce_dense, color="black", linewidth=1, label="dense model")
-    if "kl" not in trace[0]:
-        axis.axhline(tau, color="black", linestyle="--", linewidth=1, label="$\\tau$")
-    if control:
-        axis.axhline(control["ce_val"], color="black", linestyle=":", label="dense control")
-    if best:
-        axis.plot(100 * best["open"], best["ce"], "*", markersize=14, color="tab:orange", label="best state")
-    axis.set(xscale="log", xlabel=f"open attention edges (%), context {context}",
-             ylabel="held-out CE (nats a token)")
-    axis.xaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
-    axis.invert_xaxis()
-    axis.legend(fontsize=9)
+    figure = Figure(figsize=(7 + 4 * (len(losses) - 1), 4.2), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(losses), squeeze=False)[0], losses):
+        axis.plot(opened, [p[name] for p in trace], "o-", markersize=3, label="deterministic gates")
+        if name == "ce":
+            axis.plot([100 * p["open"] for p in sampled], [p["ce_sampled"] for p in sampled], ".", color="0.6",
+                      label="sampled gates")
+            axis.axhline(ce_dense, color="black", linewidth=1, label="dense model")
+            if control:
+                axis.axhline(control["ce_val"], color="black", linestyle=":", label="dense control")
+        if name == bounded:
+            axis.axhline(tau, color="black", linestyle="--", linewidth=1, label="$\\tau$")
+        if best:
+            axis.plot(100 * best["open"], best[name], "*", markersize=14, color="tab:orange", label="best state")
+        axis.set(xscale="log", xlabel=f"open attention edges (%), context {context}",
+                 ylabel=f"held-out {LOSSES[name]} (nats a token)")
+        axis.xaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
+        axis.invert_xaxis()
+        axis.legend(fontsize=9)
     save_figure(figure, f"{folder}/ce_open.png")
 
     figure = Figure(figsize=(6, 4.2), layout="constrained")
@@ -270,7 +276,6 @@ def draw_training(folder, trace, best, tau, ce_dense, control, context):
 
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     loss, edges, multiplier = figure.subplots(1, 3)
-    bounded = "kl" if "kl" in trace[0] else "ce"
     loss.plot(steps, [p[bounded] for p in trace])
     loss.axhline(tau, color="black", linestyle="--", linewidth=1, label="$\\tau$")
     if bounded == "ce":
@@ -278,7 +283,7 @@ def draw_training(folder, trace, best, tau, ce_dense, control, context):
     if control:
         loss.plot(*zip(*control["trace"]), ":", color="black", label="dense control")
     loss.legend(fontsize=9)
-    loss.set(xlabel="step", ylabel=f"held-out {bounded.upper()} (nats a token)")
+    loss.set(xlabel="step", ylabel=f"held-out {LOSSES[bounded]} (nats a token)")
     edges.plot(steps, opened)
     edges.set(xlabel="step", ylabel="open attention edges (%)", yscale="log")
     multiplier.plot(steps[1:], [p["lambda"] for p in trace[1:]])
