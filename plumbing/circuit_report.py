@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from plumbing import copying, figures, page, tokens
-from plumbing.curves import FRACTIONS, Curve, circuit, cpr, cumulative, explained_effect, grid, holding, trace
+from plumbing.curves import FRACTIONS, Curve, circuit, classes, cpr, cumulative, explained_effect, grid, holding, trace
 from plumbing.flags import replace_text
 from plumbing.rerun import STEPS, rerun_scores
 from plumbing.tasks import CHARACTERS
@@ -221,6 +221,8 @@ class Study:
         curves = {f"heads_{rank}": {"kept": curve.sizes, "explained_effect": curve.effect()}
                   for rank, curve in self.heads.items()}
         curves["edges"] = {"requested": self.edges.sizes, "explained_effect": self.edges.effect()}
+        strength = self.square(self.scores.mean(0)).abs()
+        by_score = self.graph.edges & (strength >= strength.flatten().topk(holding(self.shares[0])).values[-1])
         return {
             "n": len(self.full), "accuracy": self.accuracy, "metric_clean": self.full.mean().item(),
             "metric_corrupt": self.empty.mean().item(), "edges": len(self.graph),
@@ -231,7 +233,9 @@ class Study:
             "edges_for_0.9_after_pruning": int(self.by_effect.sum()),
             "heads_in_circuit": heads, "mlps_in_circuit": mlps, "nodes_for_0.9": heads + mlps,
             "edges_for_0.9_cumulative": holding(self.shares[0]),
-            "edges_for_0.9_cumulative_mean_of_curves": holding(self.shares[1])}
+            "edges_for_0.9_cumulative_mean_of_curves": holding(self.shares[1]),
+            "classes": {way: classes(self.graph, edges) for way, edges in (
+                ("all", self.graph.edges), ("score", by_score), ("effect", self.by_effect))}}
 
     def carried_over(self, second):
         """The numbers of other prompts: does the circuit still explain, are the same edges largest?"""
@@ -285,6 +289,10 @@ def print_table(results):
         ratio, limits = results["ratio"].get(key), results["interval"].get(key)
         print(f"{key:42}" + "".join(f"{cell:>10}" for cell in cells) + f"{f'{ratio:.1f}' if ratio else '':>8}"
               + (f"  {limits[0]:.2g} to {limits[1]:.2g}" if limits else ""))
+    for way in ("score", "effect"):
+        found = [results[name]["classes"] for name in names]
+        for kind in found[0]["all"]:
+            print(f"{f'0.9 by {way}, {kind}':42}" + "".join(f"{c[way].get(kind, 0):>10,}" for c in found))
     for way in results["dense"].get("rankings", ()):
         cells = (results[name]["rankings"][way] for name in names)
         print(f"{f'edges_for_0.9 by {way} (rank correlation)':42}"

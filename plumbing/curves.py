@@ -3,6 +3,7 @@
 Shapes: N prompts, S sources, V destinations, E edges in the order of graph.edges.nonzero().
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,3 +110,10 @@ def prune(graph, edges):
         if edges[u].any():
             useful[reads[u]] = True
     return edges
+
+
+def classes(graph, edges):
+    """How many of the edges go from what to what: {"head to MLP": n, ...}."""
+    kinds = {"i": "input", "a": "head", "m": "MLP", "l": "logits"}
+    return dict(Counter(f"{kinds[graph.sources[u][0]]} to {kinds[graph.destinations[v][0]]}"
+                        for u, v in edges.nonzero().tolist()))

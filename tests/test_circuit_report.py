@@ -140,6 +140,17 @@ def test_circuits_are_the_largest_edges():
     assert torch.equal(curves.circuit(graph, value, len(graph)), graph.edges)
 
 
+def test_edges_are_counted_by_what_they_join():
+    """Three layers of two heads: a head reads by q, k and v what the heads and MLPs of earlier layers wrote."""
+    graph = patching.Graph(Config(**TOY | dict(n_layer=3, n_head=2)))
+    assert curves.classes(graph, graph.edges) == {
+        "input to head": 18, "input to MLP": 3, "input to logits": 1, "head to head": 2 * 6 * 3, "MLP to head": 6 * 3,
+        "head to MLP": 2 * 6, "MLP to MLP": 3, "head to logits": 6, "MLP to logits": 3}
+    edges = torch.zeros_like(graph.edges)
+    edges[graph.sources.index("a1.h1"), [graph.column["a2.h0<k>"], graph.column["m1"]]] = True
+    assert curves.classes(graph, edges) == {"head to head": 1, "head to MLP": 1}
+
+
 # -----------------------------------------------------------------------------
 # one model
 

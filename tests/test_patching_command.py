@@ -43,12 +43,14 @@ def test_it_writes_results_edges_and_figures(pair, tmp_path, capsys):
         r = results[name]
         assert r["n"] == 12 and r["edges"] == 46 and r["nodes"] == 6
         assert set(r) == {
-            "n", "accuracy", "metric_clean", "metric_corrupt", "edges", "nodes", "curves",
+            "n", "accuracy", "metric_clean", "metric_corrupt", "edges", "nodes", "curves", "classes",
             "rankings", "heads_for_0.9_per_sentence", "heads_for_0.9_global", "sentences_left_out_of_quartiles",
             "edges_for_0.9", "edges_for_0.9_after_pruning", "heads_in_circuit", "mlps_in_circuit",
             "nodes_for_0.9", "accuracy_on_other_prompts", "explained_effect_on_other_prompts",
             "edges_for_0.9_cumulative", "edges_for_0.9_cumulative_mean_of_curves", "jaccard_of_two_draws",
             "edges_for_0.9_interval", "edges_for_0.9_cumulative_mean_of_curves_interval"}
+        counts = {way: sum(found.values()) for way, found in r["classes"].items()}
+        assert counts == {"all": 46, "score": r["edges_for_0.9_cumulative"], "effect": r["edges_for_0.9_after_pruning"]}
         assert r["curves"].keys() == {"heads_per_sentence", "heads_global", "edges"}
         curve = r["curves"]["edges"]
         assert curve["requested"][-1] == 46 and curve["explained_effect"][-1] == pytest.approx(1)
@@ -68,7 +70,7 @@ def test_it_writes_results_edges_and_figures(pair, tmp_path, capsys):
     edges = json.loads(html.split('id="data">')[1].split("</script")[0])["models"]["sparse"]["edges"]
     assert len(edges) == results["token_graph"]["open in both"] + results["token_graph"]["closes"] > 0
     printed = capsys.readouterr().out
-    assert "edges_for_0.9_cumulative" in printed and "dense: accuracy 0.0%" in printed
+    assert "edges_for_0.9_cumulative" in printed and "0.9 by score, head to MLP" in printed and "dense: accuracy 0.0%" in printed
 
 
 def test_a_model_of_nan_is_refused_even_with_force(pair, tmp_path):
