@@ -42,7 +42,7 @@ class Flags:
     out: str | None = None  # folder for checkpoints, results.json, log.jsonl and figures
     overwrite: bool = False  # write over the run that --out holds
     resume: str | None = None  # the --out folder of a stopped run: go on with its flags
-    control: str | None = None  # --out folder of the dense control, to report beside
+    control: str | None = None  # --out folder of the dense control: tau follows its loss
     # the model, from scratch only
     n_layer: int = 4  # layers
     n_head: int = 4  # heads a layer
@@ -185,8 +185,11 @@ def evaluate(model, blocks, batch_size, amp, teacher=None, sampled=False):
 # one run: the dense base, the control, or the sparse model
 
 
-def train(flags, saved=None, bar=None):
-    """A run to its end, or the rest of one that `saved` holds: fills flags.out, returns the results."""
+def train(flags, saved=None, bar=None, more=False):
+    """A run to its end, or the rest of one that `saved` holds: fills flags.out, returns the results.
+
+    bar: of several runs; more: others come after this one.
+    """
     started, device = time.time(), pick_device(flags.device)
     open_folder(flags.out)
     half = flags.dtype == "bfloat16" or (flags.dtype == "auto" and device == "cuda")
@@ -214,15 +217,15 @@ def train(flags, saved=None, bar=None):
     measure = partial(evaluate, batch_size=flags.batch_size, amp=amp)
     copies = partial(copying.accuracy, tok=tok, context=context if flags.repeat else 0, amp=amp)
     if saved:
-        dense, best, trace = (saved[name] for name in ("dense", "best", "trace"))
+        dense, best, trace, reached = (saved[name] for name in ("dense", "best", "trace", "reached"))
     else:
         model.config.sparse = False  # the same weights before they get their gates
         dense = {split: measure(model, fixed[split])["ce"] for split in fixed} | {"copying": copies(model)}
         model.config.sparse = flags.sparse
         best, trace = None, [{"step": 0} | measure(model, fixed["val"], teacher=teacher)]
     control = folders.read_control(flags.control, flags, dense["test"]) if flags.control else None
-    # [step, nats]: what the control had reached by then, else what this model has
-    reached = [[0, 0.0]] if teacher else control["trace"] if control else [[0, dense["val"]]]
+    if not saved:  # [step, nats]: what the control had reached by then, else what this model has
+        reached = [[0, 0.0]] if teacher else control["trace"] if control else [[0, dense["val"]]]
     # loose at first, so that edges leave; then the sparse model learns to do without them
     slack = lambda step: flags.slack * LOOSE ** min(1, max(0, (0.7 - step / flags.steps) / 0.6))
     tau = lambda step: flags.tau or slack(step) + float(np.interp(step, *zip(*reached)))
@@ -237,8 +240,8 @@ def train(flags, saved=None, bar=None):
         geco.load_state_dict(saved["geco"])
 
     # the folder, and what will happen there
-    run = runs.Run(flags, device, context, saved, lora.fingerprint(named) if flags.lora else None, bar)
-    save = partial(run.save, model=model, optimizer=optimizer, geco=geco, dense=dense, tau=tau(flags.steps),
+    run = runs.Run(flags, device, context, saved, lora.fingerprint(named) if flags.lora else None, bar, more)
+    save = partial(run.save, model=model, optimizer=optimizer, geco=geco, dense=dense, reached=reached,
                    fingerprint=fingerprint)
     if not saved:
         run.begin(tokenizer)
@@ -346,7 +349,7 @@ def main(flags):
         todo = folders.unfinished(phases(flags)) if from_scratch else [(flags, saved)]
         with runs.progress(todo) as bar:
             for part, saved in todo:
-                train(part, saved, bar)
+                train(part, saved, bar, more=part is not todo[-1][0])
                 fsdp.wait()  # for rank 0's files
 
 

@@ -33,7 +33,7 @@ def repeat_pieces(row, alphabet, random, fill=False):
             piece = row[at : at + length]
         else:
             piece = random.permutation(alphabet)[:length]
-            unforeseen[at : at + length] = True
+            unforeseen[at : at + len(piece)] = True
         end = T if fill else at + len(piece) * log_uniform(random, 2, (T - at) // len(piece) + 1)
         row[at:end] = np.resize(piece, end - at)
         at = end + int(random.integers(SHORTEST))

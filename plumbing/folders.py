@@ -67,7 +67,7 @@ def read_checkpoint(folder):
     """What the newest checkpoint of the run in the folder holds, or None."""
     path = newest(folder)
     saved = path and fsdp.read(path)
-    if path and not (isinstance(saved, dict) and {"flags", "geco", "step"} <= saved.keys()):
+    if path and not (isinstance(saved, dict) and {"flags", "geco", "step", "reached"} <= saved.keys()):
         raise ValueError(f"{path} is no checkpoint of a training run")
     return saved
 
@@ -75,7 +75,8 @@ def read_checkpoint(folder):
 def resume(given):
     """(flags, contents of the checkpoint) of the run in the folder given.resume, with its own flags.
 
-    Those in FREE may be given anew, because they change rounding at most. Others: ValueError.
+    Those in FREE may be given anew, because they do not change the training (eval_every: only which
+    states can be kept). Others: ValueError.
     """
     folder, saved = given.resume, read_checkpoint(given.resume)
     if saved is None:
@@ -123,15 +124,16 @@ def read_control(folder, flags, ce_dense):
     try:
         with open(os.path.join(folder, "results.json")) as f:
             control = json.load(f)
-        theirs, their_ce, _ = control["flags"], control["ce_dense"], (control["ce_val"], control["copying"], control["trace"])
-    except (OSError, ValueError, KeyError):
+        if not {"flags", "ce_dense", "ce_val", "copying", "trace"} <= control.keys():
+            raise ValueError
+    except (OSError, ValueError, AttributeError):
         raise ValueError(f"--control {folder}: no results.json of a finished --no-sparse run is in it") from None
     for name in ("steps", "batch_size", "accumulate", "context", "lr", "seed", "lora", "dtype", "repeat"):
-        if theirs.get(name) != getattr(flags, name):
-            raise ValueError(f"--control {folder} had --{name.replace('_', '-')} {theirs.get(name)}, not "
+        if control["flags"].get(name) != getattr(flags, name):
+            raise ValueError(f"--control {folder} had --{name.replace('_', '-')} {control['flags'].get(name)}, not "
                              f"{getattr(flags, name)}: it is no control of this run")
-    if abs(their_ce - ce_dense) > 1e-3:
-        raise ValueError(f"--control {folder} began at a test CE of {their_ce:.4f}, this run begins at "
+    if abs(control["ce_dense"] - ce_dense) > 1e-3:
+        raise ValueError(f"--control {folder} began at a test CE of {control['ce_dense']:.4f}, this run begins at "
                          f"{ce_dense:.4f}: other weights, text or tokenizer, so it is no control of it")
     return control
 

@@ -27,8 +27,8 @@ class Run:
     On ranks other than 0 it writes nothing but its part of a sharded checkpoint.
     """
 
-    def __init__(self, flags, device, context, saved=None, base=None, bar=None):
-        self.flags, self.device, self.context, self.base = flags, device, context, base
+    def __init__(self, flags, device, context, saved=None, base=None, bar=None, more=False):
+        self.flags, self.device, self.context, self.base, self.more = flags, device, context, base, more
         self.bar = bar or progress([])
         self.first, self.last = saved["step"] if saved else 0, flags.steps
         self.seconds, self.rates = saved["seconds"] if saved else 0.0, []  # tokens/s of this sitting's steps
@@ -118,8 +118,8 @@ class Run:
             write_pickle(os.path.join(self.flags.out, f"{name}.pt"),
                          {"config": asdict(model.config), "model": weights, "step": step})
 
-    def load_best(self, model):
-        """What export("best", ...) wrote, back into the model."""
+    def reload(self, model):
+        """The adapter, or best.pt, back into the model."""
         fsdp.put(model, read_safetensors(self.adapter) if self.flags.lora
                  else read_pickle(os.path.join(self.flags.out, "best.pt"))["model"])
 
@@ -137,19 +137,20 @@ class Run:
         measure(model, sampled=False): train.py's evaluate on the test blocks; copies(model): what
         copying.accuracy finds.
         """
-        if self.flags.fsdp and not self.flags.lora:
+        if self.flags.lora and not best:  # what is reported is what the file gives, in bfloat16
+            self.export("last", self.flags.steps, model)
+            fsdp.wait()  # for rank 0's file
+            self.reload(model)
+        elif self.flags.fsdp and not self.flags.lora:
             self.export("last", self.flags.steps, model)  # the final weights in one file
         last = measure(model)
         if not self.flags.sparse:
             return {"ce": last["ce"], "ce_val": trace[-1]["ce"], "copying": copies(model),
                     "trace": [[point["step"], point["ce"]] for point in trace]}
-        if not best:
+        if best:
+            self.reload(model)
+        else:
             print("no state met the bound: the last one is reported; more --steps or --slack may help")
-            if self.flags.lora:
-                self.export("last", self.flags.steps, model)
-                fsdp.wait()  # for rank 0's file
-        if best or self.flags.lora:
-            self.load_best(model)
         kept, sampled = measure(model), measure(model, sampled=True)
         per_query = kept["open"] * (self.context + 1) / 2  # a query sees (context + 1) / 2 keys on average
         print(f"open edges {kept['open']:.2%}, {per_query:.2f} a query and head at context {self.context}")
@@ -163,9 +164,8 @@ class Run:
 
     def leave(self, step):
         """The end of a sitting before the last step."""
-        base = self.flags.init == "scratch"  # its checkpoint alone does not know what comes after it
         again = "the same command" + " without --overwrite" * self.flags.overwrite
-        how = again if base else f"python train.py --resume {self.flags.out}"
+        how = again if self.more else f"python train.py --resume {self.flags.out}"  # which knows of no run after it
         print(f"saved step {step} of {self.flags.steps}; go on with: {how}")
         sys.exit(self.exit_code)
 

@@ -57,6 +57,18 @@ def test_pieces_that_fill_the_row_go_on_to_its_end():
         assert start < 8 and end == 129 and unforeseen.sum() in (0, period)
 
 
+def test_a_piece_of_random_ids_has_no_more_than_there_are():
+    """Of twelve ids: what is longer is cut, and its second copy can be foreseen."""
+    cut = 0
+    for seed in range(50):
+        row = np.arange(129)
+        unforeseen = copying.repeat_pieces(row, np.arange(1000, 1012), np.random.default_rng(seed), fill=True)
+        (start, period, _), = repeated(row)
+        cut += row[start] >= 1000 and period == 12
+        assert unforeseen.sum() in (0, period) and not unforeseen[start + period:].any()
+    assert cut > 5
+
+
 def test_a_share_of_the_blocks_has_them_whatever_the_batch():
     data = (np.arange(40_000) * 7919 % 9973 % 251).astype(np.uint16)
     plain, some = tokens.Blocks(data, 128, 3), tokens.Blocks(data, 128, 3, 0.25, ALPHABET)

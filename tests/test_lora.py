@@ -150,6 +150,10 @@ def test_train_writes_an_adapter_that_every_script_reloads(tmp_path, monkeypatch
         for key, value in (("ce_sparse", found["ce"]), ("open_frac", found["open"]), ("ce_sparse_sampled", sampled)):
             assert abs(results[key] - value) < 1e-5, (out, key)
 
+    command(*tuned, "--no-sparse", "--out", "control")  # a control of adapters can be opened, too
+    found = train.evaluate(Transformer.from_pretrained("base", "control/adapter.safetensors"), test, 4, NO_AUTOCAST)
+    assert abs(json.loads((tmp_path / "control" / "results.json").read_text())["ce"] - found["ce"]) < 1e-5
+
     half = [*flags, "--lora", 2, "--steps", 4, "--slack", 0.5, "--lr", 0.01, "--dtype", "bfloat16", "--repeat", 0.5]
     command(*half, "--out", "half")  # frozen weights in bfloat16 stay out of every file
     assert {t.dtype for t in load_file("half/adapter.safetensors").values()} == {torch.bfloat16}

@@ -156,7 +156,7 @@ def test_twenty_steps_are_seven_and_six_and_seven(more, base, tmp_path):
     for i, slots in a["optimizer"]["state"].items():
         for name, value in slots.items():
             assert torch.equal(value, b["optimizer"]["state"][i][name])
-    for key in ("geco", "step", "best", "trace", "dense", "tau"):
+    for key in ("geco", "step", "best", "trace", "dense", "reached"):
         assert a[key] == b[key]
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
     whole, parts = (results_of(tmp_path / x) for x in ("whole", "parts"))
@@ -182,8 +182,18 @@ def test_a_finished_run_reports_again(base, tmp_path):
     command("--resume", tmp_path / "sparse", "--control", tmp_path / "control")
     after = results_of(tmp_path / "sparse")
     assert after["ce_dense_control"] == results_of(tmp_path / "control")["ce"]
-    for key in ("ce_dense", "ce_sparse", "open_frac", "heads", "best_step", "tokens"):
+    for key in ("ce_dense", "ce_sparse", "open_frac", "heads", "best_step", "tokens", "tau"):
         assert after[key] == before[key]
+
+
+def test_a_control_given_to_a_resumed_run_does_not_move_its_bound(base, tmp_path):
+    command(*SMALL, "--init", base, "--steps", 8, "--no-sparse", "--out", tmp_path / "control")
+    for out, more in (("alone", []), ("beside", ["--control", tmp_path / "control"])):
+        stopped(*SMALL, "--init", base, "--steps", 8, "--sitting", 4, "--out", tmp_path / out)
+        command("--resume", tmp_path / out, *more)
+    alone, beside = (last_of(tmp_path / out)["model"] for out in ("alone", "beside"))
+    assert all(torch.equal(alone[name], beside[name]) for name in alone)
+    assert results_of(tmp_path / "alone")["tau"] == results_of(tmp_path / "beside")["tau"]
 
 
 def interrupt_in_line(monkeypatch, step, times=1):
@@ -319,8 +329,12 @@ def test_stopped_in_its_dense_phase_the_same_command_goes_on(tmp_path, capsys):
     assert "saved step 5 of 9; go on with: the same command" in capsys.readouterr().out
     stopped(*flags, "--sitting", 3, "--out", tmp_path / "parts")  # the sitting of each phase: 4 more, and 3
     assert last_of(tmp_path / "parts" / "dense")["step"] == 8
-    command(*flags, "--out", tmp_path / "parts")
-    for out in ("", "dense"):
+    stopped(*flags, "--sitting", 2, "--out", tmp_path / "parts")  # the last one, and 2 of the control
+    assert "saved step 2 of 4; go on with: the same command" in capsys.readouterr().out
+    stopped(*flags, "--sitting", 3, "--out", tmp_path / "parts")  # the control's other 2, and 3 of the sparse run
+    assert f"saved step 3 of 4; go on with: python train.py --resume {tmp_path}/parts\n" in capsys.readouterr().out
+    command("--resume", tmp_path / "parts")
+    for out in ("", "dense", "control"):
         a, b = (last_of(tmp_path / x / out)["model"] for x in ("whole", "parts"))
         assert all(torch.equal(a[name], b[name]) for name in a)
         assert log_of(tmp_path / "whole" / out) == log_of(tmp_path / "parts" / out)
