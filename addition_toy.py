@@ -70,7 +70,7 @@ class Evaluation:
     open_edges: float  # open gates a problem, over all layers, heads and positions
     answers: torch.Tensor  # (N, 5) int64, the digits
     gates: torch.Tensor  # (N, n_layer, n_head, 11, 11) bool, [to, from]; all open in a dense model
-    weights: torch.Tensor  # of the same shape: a of equation 1 where the gate is open, else 0
+    weights: torch.Tensor  # of the same shape: a of sparse.py where the gate is open, else 0
 
 
 @torch.no_grad()
@@ -223,15 +223,15 @@ def run_tries(flags, seed, log, bar):
     return tries
 
 
-def results_of(seed, tries, models):
-    """({name: Evaluation}, results) of a seed's sparsest try, on all problems."""
+def results_of(seed, tries, tau, models):
+    """({name: Evaluation}, results) of a seed's sparsest try, its tau and models, on all problems."""
     idx, targets = problems()
     evaluations = {name: evaluate(model, idx, targets) for name, model in models.items()}
     dense, sparse = evaluations.values()
     return evaluations, {
         "seed": seed, "exact": sparse.exact, "mean_open_edges": sparse.open_edges, "ce": sparse.ce,
         "exact_heldout": evaluate(models["sparse"], idx[HELD_OUT], targets[HELD_OUT]).exact,
-        "dense_exact": dense.exact, "dense_ce": dense.ce, "tau": min(tries, key=lambda t: t[0])[1],
+        "dense_exact": dense.exact, "dense_ce": dense.ce, "tau": tau,
         "tries": [edges if edges < math.inf else None for edges, *_ in tries],
         "allowed_edges": sparse.gates[0].numel(), "circuit": describe(sparse.gates),
         "carry_table": carry_table(sparse.gates)}
@@ -244,8 +244,8 @@ def main(flags):
     with tqdm(total=flags.seeds * flags.tries, desc="tries", smoothing=0) as bar:
         for seed in range(flags.seed, flags.seed + flags.seeds):
             tries = run_tries(flags, seed, log, bar)
-            edges, _, trace, models = min(tries, key=lambda t: t[0])
-            evaluations, results = results_of(seed, tries, models)
+            edges, tau, trace, models = min(tries, key=lambda t: t[0])
+            evaluations, results = results_of(seed, tries, tau, models)
             per_seed.append(results)
             traces.append(trace)
             bar.write(f"seed {seed}: exact {results['exact']:.2%}, held out {results['exact_heldout']:.2%}, "

@@ -6,10 +6,10 @@ GECO: minimise an objective under a constraint, with one multiplier that steers 
 The Lagrangian E + lambda (C - tau) has a weight lambda > 0 that nobody knows beforehand. GECO raises
 it while the constraint is violated and lowers it while there is room. One training step:
 
-    loss = (E + lambda C) / (1 + lambda)           a weighted mean: the gradient stays bounded  (1)
-    c    <- ema c + (1 - ema) C                    the C of one batch is noisy                  (2)
-    e    =  clip((c - tau) / width, -1, 1)         > 0 if violated, <= 1 however far off        (3)
-    h    <- clip(h + nu e, log lambda_min, log lambda_max)         the integral of e            (4)
+    loss = (E + lambda C) / (1 + lambda)           a weighted mean: the gradient stays bounded  (4)
+    c    <- ema c + (1 - ema) C                    the C of one batch is noisy
+    e    =  clip((c - tau) / width, -1, 1)         > 0 if violated, <= 1 however far off
+    h    <- clip(h + nu e, log lam_min, log lam_max)               the integral of e
     lambda = exp(h + kp e)                         kp damps the swings that the delay causes    (5)
 
 The clips keep it sane: a constraint that can not be met takes h to its bound and no further, and from
@@ -31,13 +31,14 @@ from plumbing.flags import open_folder, run, write_results
 
 
 class GECO:
-    """The multiplier of one constraint C <= tau; equations 1-5. Its state is two floats.
+    """The multiplier of one constraint C <= tau; equations 4 and 5. Its state is two floats, h and c.
 
     tau, width: in C's units. ema in [0, 1). lam: exp(h) at the start. Bad values: ValueError.
-    The defaults suit language models, where 0.06 nats are a violation that matters. nu: lambda changes
-    by a factor of e in 100 steps at most. ema: averages over 20 steps, which is less. kp: a full
-    violation counts for a factor of e at once. lam_max: a bound that is out of reach for a while does
-    not stop the penalty, which keeps 40% of the loss. lam_min: lambda has to find its way back.
+    The defaults suit language models, where 0.06 nats are a violation that matters. nu: exp(h) changes
+    by a factor of e in 100 updates at most. ema: averages over 20 updates, which is less. kp: a full
+    violation counts for a factor of e at once. lam_min, lam_max bound exp(h); lambda goes a factor of
+    exp(kp) beyond. So a bound that is out of reach for a while does not stop the penalty, which keeps
+    40% of the loss, and lambda soon finds its way back from below.
     """
 
     def __init__(self, tau, nu=0.01, kp=1.0, ema=0.95, width=0.06, lam=0.5, lam_min=0.01, lam_max=0.5):
@@ -54,7 +55,7 @@ class GECO:
 
     @property
     def error(self):
-        """e of equation 3; 0 before the first update."""
+        """e; 0 before the first update."""
         return 0.0 if self.c is None else max(-1.0, min(1.0, (self.c - self.tau) / self.width))
 
     @property
@@ -62,12 +63,12 @@ class GECO:
         return math.exp(self.h + self.kp * self.error)
 
     def loss(self, objective, constraint):
-        """What to minimise in this step: E and C are scalars, tensors or floats. Equation 1."""
+        """What to minimise in this step: E and C are scalars, tensors or floats. Equation 4."""
         lam = self.lam
         return (objective + lam * constraint) / (1 + lam)
 
     def update(self, constraint):
-        """Once a step, after loss: C as a float, averaged over all ranks. Equations 2-4."""
+        """A new measurement of C, a float, averaged over all ranks, moves c and h. Equation 5."""
         C = float(constraint)
         if not math.isfinite(C):
             raise ValueError(f"the constrained loss is {C}: lambda was not updated")
@@ -89,7 +90,7 @@ class GECO:
 class Flags:
     out: str = "out/geco"  # folder for results.json and geco.png
     steps: int = 2000  # gradient steps
-    tau: float = 4.0  # squared radius of the disc, at most 25
+    tau: float = 4.0  # squared radius of the disc, below 25
 
     def __post_init__(self):
         if self.steps < 1 or not 0 < self.tau < 25:

@@ -59,10 +59,11 @@ class Config:
         return self.n_embd // self.n_head
 
 
-def rope_frequencies(config):
-    """Radians per position of each of the head_size / 2 rotated pairs, float32 (head_size / 2,)."""
+def rope_angle(config, T, device):
+    """How far RoPE turns each pair at each position, radians, float32 (T, head_size / 2)."""
     pair = torch.arange(0, config.head_size, 2, dtype=torch.float32, device="cpu")
-    return scale_rope(config.rope_theta ** -(pair / config.head_size), config.rope_scaling)
+    frequency = scale_rope(config.rope_theta ** -(pair / config.head_size), config.rope_scaling)
+    return torch.arange(T, device=device)[:, None] * frequency.to(device)
 
 
 def rotate(x, angle):
@@ -76,7 +77,7 @@ Edges = namedtuple("Edges", "prob open")  # of gated_attention, each (n_layer, n
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
-def untapped(name, t):  # one function for all layers, so that torch.compile compiles them once
+def untapped(name, t):
     return t
 
 
@@ -169,16 +170,16 @@ class Transformer(nn.Module):
         as in gated_attention; each layer draws its own noise. edges is an Edges, or None if dense.
         tap(name, tensor) -> tensor sees, and may replace, what flows at: embed; h{l}.attn.in, .q,
         .k, .v, .z (B, T, heads, head_size), .out; h{l}.mlp.in, .out; final (before the last norm).
+        q and k come by before RoPE turns them (patching.attend shows how to go on).
         """
         config, (B, T) = self.config, idx.shape
         if T > config.block_size:
             raise ValueError(f"{T} tokens do not fit the model's context of {config.block_size}")
-        position = torch.arange(T, device=idx.device)
         x, angle = self.wte(idx), None  # (B, T, C)
         if config.position == "learned":
-            x = x + self.wpe(position)
+            x = x + self.wpe(torch.arange(T, device=idx.device))
         else:
-            angle = position[:, None] * rope_frequencies(config).to(idx.device)  # (T, head_size/2)
+            angle = rope_angle(config, T, idx.device)
         x = (tap or untapped)("embed", x)
         edges, seeds = [], sequence_seeds(seed, B, idx.device)
         for l, block in enumerate(self.h):
@@ -217,7 +218,7 @@ class Transformer(nn.Module):
         return self
 
     def save_pretrained(self, folder):
-        """Write a Hugging Face folder; transformers runs it dense, the README adds the gates."""
+        """Write a Hugging Face folder; transformers runs it dense, RESULTS.md adds the gates."""
         write_model(folder, asdict(self.config), self.state_dict())
 
     def save_checkpoint(self, path, **more):

@@ -24,7 +24,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import Transformer, rope_frequencies, rotate
+from model import Transformer, rope_angle, rotate
 from plumbing import circuit_report as report
 from plumbing import tasks, tokens
 from plumbing.flags import check, open_folder, pick_device, run, write_results
@@ -61,7 +61,7 @@ def head_patching(model, clean, corrupt, metric):
     check_pair(clean, corrupt)
     config, clean_run, corrupt_run = model.config, record(model, clean), record(model, corrupt)
     values = torch.zeros(len(clean), config.n_layer, config.n_head)
-    angle = rope_angle(model, clean.shape[1]) if config.position == "rope" else None
+    angle = rope_angle(config, clean.shape[1], clean.device) if config.position == "rope" else None
     for l in range(config.n_layer):
         for h in range(config.n_head):
             z = corrupt_run[f"h{l}.attn.z"].clone()  # (N, T, H, D)
@@ -90,11 +90,6 @@ def check_pair(clean, corrupt):
     if clean.shape != corrupt.shape:
         raise ValueError("clean and corrupt prompts must have one length, got "
                          f"{tuple(clean.shape)} and {tuple(corrupt.shape)}")
-
-
-def rope_angle(model, T):
-    device = model.wte.weight.device
-    return torch.arange(T, device=device)[:, None] * rope_frequencies(model.config).to(device)
 
 
 # -----------------------------------------------------------------------------
@@ -236,13 +231,13 @@ def gradients(model, idx, metric, names, shift=0.0):
 def attend(model, q, k, v):
     """z (N, T, H, D) and the weights A a (N, H, T, T) of q, k, v (N, T, heads, D) as at the taps.
 
-    The model's attention, but it shows its weights, and its gates are held: they have no gradient.
-    That is the true one wherever there is one; the model's own, straight-through, is a surrogate.
+    The model's attention, but it shows its weights, and its gates are held: they have no gradient. A
+    gate is a step, so that is the truth off the threshold; the model's straight-through one is a surrogate.
     """
     config, T = model.config, q.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (N, heads, T, D)
     if config.position == "rope":
-        q, k = (rotate(x, rope_angle(model, T)) for x in (q, k))
+        q, k = (rotate(x, rope_angle(config, T, x.device)) for x in (q, k))
     allowed = allowed_pairs(T, config.causal, q.device)
     A = gate_map(q, k, config.gate_bias, causal=config.causal) if config.sparse else allowed
     k, v = (x.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for x in (k, v))
@@ -347,7 +342,7 @@ def attention_maps(model, idx):
 @dataclass
 class Flags:
     dense: str | None = None  # hub name, Hugging Face folder or checkpoint; default SPARSE/dense
-    sparse: str = "out/scratch"  # a folder or checkpoint of train.py
+    sparse: str = "out/scratch"  # a folder of train.py, or with --dense any checkpoint
     control: str | None = None  # the dense control, to show between them; default SPARSE/control
     adapter: str | None = None  # adapter.safetensors on top of --sparse
     task: str = "induction"  # ioi, greater-than, induction, bracket or addition

@@ -4,10 +4,10 @@ Gated attention: softmax attention in which every edge i <- j passes a Bernoulli
 For one head with queries q_i, keys k_j, values v_j of size D, and one constant b:
 
     s_ij = q_i . k_j / sqrt(D)                  logit, shared by the softmax and the gate
-    a_ij = softmax_j(s_ij)                      over all allowed keys, gates or not        (1)
-    A_ij ~ Bernoulli(p_ij)                      the gate, p_ij = sigmoid(s_ij + b)         (2)
-    y_i  = sum_j A_ij a_ij v_j                  not renormalised: no open gate, no output  (3)
-    E    = mean of p_ij over allowed pairs      expected share of open edges: the penalty  (4)
+    a_ij = softmax_j(s_ij)                      over all allowed keys, gates or not
+    A_ij ~ Bernoulli(p_ij)                      the gate, p_ij = sigmoid(s_ij + b)         (1)
+    y_i  = sum_j A_ij a_ij v_j                  not renormalised: no open gate, no output  (2)
+    E    = mean of p_ij over allowed pairs      expected share of open edges: the penalty  (3)
 
 The gate has no parameters of its own, so a pretrained transformer's weights load unchanged. Training
 samples A and sends the gradient straight through it. Evaluation and analysis use A = 1[s + b > 0].
@@ -34,7 +34,7 @@ def allowed_pairs(T, causal, device=None):
 
 
 def gates(s, bias, u=None):
-    """The gates A of logits s, equation 2: exactly 0 or 1, with the straight-through gradient.
+    """The gates A of logits s, equation 1: exactly 0 or 1, with the straight-through gradient.
 
     u: uniform numbers in (0, 1), one a logit. A gate is open when s + b + n > 0, where
     n = -logit(u) ~ Logistic(0, 1), so its probability is sigmoid(s + b). The backward pass sees
@@ -46,15 +46,15 @@ def gates(s, bias, u=None):
 
 
 def naive(q, k, v, bias, keys, causal):
-    """Equations 1-4 as they stand: the specification. It holds several (B, H, T, T) tensors."""
+    """Equations 1-3 as they stand: the specification. It holds several (B, H, T, T) tensors."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, T, D)
     T, D = q.shape[-2:]
     allowed = allowed_pairs(T, causal, q.device)
     s = (q @ k.mT / math.sqrt(D)).masked_fill(~allowed, -torch.inf)  # (B, H, T, T)
-    a = torch.softmax(s, dim=-1)  # (1)
-    A = gates(s, bias, uniform(*keys) if keys else None)  # (2)
-    y = (A * a) @ v  # (3)
-    E = torch.sigmoid(s + bias).sum((-2, -1)) / allowed.sum()  # (4), one a head
+    a = torch.softmax(s, dim=-1)
+    A = gates(s, bias, uniform(*keys) if keys else None)  # (1)
+    y = (A * a) @ v  # (2)
+    E = torch.sigmoid(s + bias).sum((-2, -1)) / allowed.sum()  # (3), one a head
     return y, E, A.detach().sum((-2, -1)) / allowed.sum()
 
 
@@ -63,7 +63,7 @@ def naive(q, k, v, bias, keys, causal):
 
 
 def gated_attention(q, k, v, bias=0.0, seed=None, causal=True, impl="auto"):
-    """Attention through Bernoulli gates, equations 1-4.
+    """Attention through Bernoulli gates, equations 1-3.
 
     q (B, H, T, D); k, v (B, H_kv, T, D), H a multiple of H_kv, one gate a query head; any float
     dtype. bias: the constant b. seed: None for deterministic gates A = 1[s + b > 0]; int64 (B,), or
@@ -158,7 +158,7 @@ def uniform(start, stride, column, buffers=(None, None)):
     """u_ij in (0, 1), float32, from noise_keys: rows (..., R, 1), columns (K,) -> (..., R, K).
 
     Each row is a random multiply-add of the scrambled column number modulo 2^32, of which the top
-    23 bits stay: multiply-shift hashing (Dietzfelbinger 1996), any two columns are independent. The
+    23 bits stay: multiply-shift hashing (Dietzfelbinger 1996), nearly all pairs of columns are independent. The
     number is the middle of its cell, (bits + 1/2) / 2^23: exact in float32, never 0 and never 1.
     """
     x, u = buffers

@@ -6,13 +6,14 @@ Sparse post-training of a language model: the fewest open attention edges at the
     python train.py --init FOLDER --data a.txt   local weights and text
     python train.py --init gpt2 --no-sparse      the dense control: same data and steps, no gates
     python train.py --resume out/gpt2            go on where a run was stopped
-    torchrun --nproc-per-node 8 train.py --init meta-llama/Llama-3.2-1B --fsdp
+    torchrun --nproc-per-node 8 train.py --init meta-llama/Llama-3.2-1B --data a.txt --fsdp
 
 It measures the dense model's cross-entropy (CE) on held-out text and sets tau = CE + slack; with a
 dense control tau follows the CE that this had after as many steps. The slack is larger at first: edges
-leave, then the model learns to do without them. So it trains on with sampled
-gates: it minimises the expected share of open edges E subject to CE <= tau. Training text moves the
-weights, held-out text the multiplier (geco.py), because training text can be learnt by heart. The
+leave, then the model learns to do without them. Then it trains on, with sampled gates in the first half
+of the steps and deterministic ones in the second: it minimises the expected share of open edges E
+subject to CE <= tau. Training text moves the weights, held-out text the multiplier (geco.py), because
+training text can be learnt by heart. The
 sparsest state within tau, with deterministic gates, is kept as best.pt and reported on test text.
 """
 
@@ -37,7 +38,7 @@ class Flags:
     # what to read and to write
     init: str = "scratch"  # hub name, Hugging Face folder, checkpoint, or scratch
     adapter: str | None = None  # adapter.safetensors of an earlier --lora run, on top of it
-    data: str | None = None  # fineweb, python-docs, a prepared folder, or .txt files with commas
+    data: str | None = None  # fineweb (GPT-2's default), python-docs (others'), a prepared folder, or .txt files with commas
     tokenizer: str | None = None  # gpt2, bytes or a tokenizer.json; default: the model's own
     out: str | None = None  # folder for checkpoints, results.json, log.jsonl and figures
     overwrite: bool = False  # write over the run that --out holds

@@ -169,7 +169,7 @@ def circuits(studies, maps, tok, text):
 
 
 def print_story(results):
-    """What copying.story and copying.surgery found, {"sparse": ..., "dense": ...} of both."""
+    """What `story` found of the sparse model, and `surgery` of each: {"story": ..., "surgery": {name: ...}}."""
     told = results["story"]
     print(f"""
 What the gates of the sparse model say, a prompt:

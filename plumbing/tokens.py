@@ -325,7 +325,9 @@ def load_data(data, tokenizer_name, n_tokens=None):
     files, tokens of another tokenizer: ValueError or OSError.
     """
     tok = tokenizer(tokenizer_name)
-    data = data or ("fineweb" if tok.name == "gpt2" else "python-docs")
+    if not data:
+        data = "fineweb" if tok.name == "gpt2" else "python-docs"
+        print(f"data: {data}; --data gives another")
     if data == "python-docs":
         *train, val, test = python_docs(tok).values()
     elif data == "fineweb":

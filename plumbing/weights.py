@@ -91,7 +91,7 @@ def write_model(folder, fields, weights):
     files.write_safetensors(os.path.join(folder, "model.safetensors"), tensors_from(fields, weights))
     replace_text(os.path.join(folder, "config.json"), json.dumps(settings, indent=2) + "\n")
     if fields["sparse"]:
-        print(f"note: transformers opens {folder} as a dense model; the README adds its gates")
+        print(f"note: transformers opens {folder} as a dense model; RESULTS.md adds its gates")
 
 
 # -----------------------------------------------------------------------------

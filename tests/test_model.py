@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from model import Config, Edges, Flags, Transformer, generate, main, rope_frequencies, rotate
+from model import Config, Edges, Flags, Transformer, generate, main, rope_angle, rotate
 from plumbing.flags import run
 
 GPT2 = dict(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
@@ -160,7 +160,7 @@ def test_the_loss_does_not_need_the_logits():
 def test_rotation_depends_on_distance_only():
     """q_i . k_j after RoPE is a function of i - j, and position 0 is not rotated."""
     config = Config(**LLAMA)
-    angle = torch.arange(20)[:, None] * rope_frequencies(config)
+    angle = rope_angle(config, 20, "cpu")
     q, k = torch.randn(1, 1, 1, 8).expand(1, 1, 20, 8), torch.randn(1, 1, 1, 8).expand(1, 1, 20, 8)
     scores = (rotate(q, angle) @ rotate(k, angle).mT)[0, 0]
     for lag in (0, 3, 11):

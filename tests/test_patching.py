@@ -12,7 +12,7 @@ from functools import cache
 import pytest
 import torch
 
-from model import Config, Transformer, rope_frequencies
+from model import Config, Transformer, rope_angle
 
 GPT2 = dict(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8, n_inner=12)
 LLAMA = GPT2 | dict(n_kv_head=1, norm="rmsnorm", position="rope", mlp="swiglu", attention_bias=False,
@@ -83,7 +83,7 @@ def normed(x, norm, config):
 
 def turned(x, config):
     """RoPE on x (N, T, D), as a product of complex numbers."""
-    angle = torch.arange(x.shape[1])[:, None] * rope_frequencies(config)
+    angle = rope_angle(config, x.shape[1], "cpu")
     half = x.shape[2] // 2
     y = torch.complex(x[..., :half], x[..., half:]) * torch.complex(angle.cos(), angle.sin())
     return torch.cat([y.real, y.imag], -1)

@@ -227,8 +227,7 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
             f"{story['heads']['induction']} reads what came next the last time, in {story['induction_open']:.0%}",
             f"{story['induction_right']:.0%} of its open gates are that one",
             f"copying falls to {left[1]:.0f}%, with both induction heads shut to {left[2]:.0f}%",
-            f"| {two_cores}, two CPU cores | {demo['open_frac']:.2%} open, test CE {demo['ce_sparse']:.3f}, "
-            f"control {demo['ce_dense_control']:.3f} |",
+            f"| {two_cores}, two CPU cores | {shares} open, {gaps} nats above its control |",
             f"| {results('circuits/ioi')['seconds'] / 60:.0f} for SmolLM2",
             f"| copying model {shares}, {gaps} nats above its control, {len(circuits)} seeds |",
             f"| 8 layers of 8 heads {large['open_frac']:.2%}, {large['ce_sparse'] - large['ce_dense_control']:.3f} above; "
