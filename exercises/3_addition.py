@@ -183,8 +183,8 @@ for what, state in (("as it is", None), ("always shut", 0.0), ("always open", 1.
 
 # %% [markdown]
 # The numbers are answer minus sum: +0 is right, -10 is "forgot the carry", +10 is "saw one that is
-# not there"; -90 and +90 are the same mistakes where the tens turn over, from 9 to 0 or back, and the
-# hundreds do not follow. What does shutting do? Before, it was a correlation; now you know that the
+# not there". Where the tens turn over, from 9 to 0 or back, and the hundreds do not follow, the same two
+# mistakes are +90 and -90. What does shutting do? Before, it was a correlation; now you know that the
 # answer needs this edge.
 #
 # And opening? If it does as much harm as shutting, the open gate itself is the message. If it does

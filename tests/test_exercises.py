@@ -682,6 +682,7 @@ STOPS = [  # (check, code that stops, or returns what is no answer, what the mes
     ("gradient", lambda model, idx, metric: metric(model(idx)), r"take \[0\]"),
     ("gradient", lambda model, idx, metric: torch.autograd.grad(metric(model(idx)[0]).sum(), torch.zeros(1)), "return that copy"),
     ("head", lambda q, k, v, b, u: q @ k @ v, "stops at `.*q @ k @ v.* .RuntimeError"),
+    ("update", lambda h, c: (h, c), "can not be called as its docstring says"),
     ("table", lambda gates, pairs: [["many", "few"]], "the docstring's ->"),
     ("score", lambda change, slope: (change * slope).sum((1, 2)), "the docstring's ->"),
     ("strongest", lambda scores, edges, n: [0] * n, "the docstring's ->"),
