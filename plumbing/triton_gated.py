@@ -43,7 +43,7 @@ def logits_and_gates(q, k, i, j, start, stride, column, T, scale, bias,
 
 @triton.jit
 def forward_kernel(q_, k_, v_, y_, lse_, prob_, open_, start_, stride_, column_, T, scale, bias,
-                   H, GROUP, CAUSAL: tl.constexpr, SAMPLED: tl.constexpr, D: tl.constexpr,
+                   H, GROUP, SIZE, CAUSAL: tl.constexpr, SAMPLED: tl.constexpr, D: tl.constexpr,
                    DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     head = tl.program_id(1).to(tl.int64)  # of all sequences
     key_head = head // H * (H // GROUP) + head % H // GROUP
@@ -102,7 +102,7 @@ def gradient_of_logits(q, k, v, dy, lse, delta, r, i, j, start, stride, column, 
 
 @triton.jit
 def backward_q_kernel(q_, k_, v_, dy_, lse_, delta_, r_, start_, stride_, column_, dq_, T, scale, bias,
-                      H, GROUP, CAUSAL: tl.constexpr, SAMPLED: tl.constexpr, D: tl.constexpr,
+                      H, GROUP, SIZE, CAUSAL: tl.constexpr, SAMPLED: tl.constexpr, D: tl.constexpr,
                       DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     head = tl.program_id(1).to(tl.int64)
     key_head = head // H * (H // GROUP) + head % H // GROUP
@@ -129,7 +129,7 @@ def backward_q_kernel(q_, k_, v_, dy_, lse_, delta_, r_, start_, stride_, column
 
 @triton.jit
 def backward_kv_kernel(q_, k_, v_, dy_, lse_, delta_, r_, start_, stride_, column_, dk_, dv_, T, scale,
-                       bias, H, GROUP, CAUSAL: tl.constexpr, SAMPLED: tl.constexpr, D: tl.constexpr,
+                       bias, H, GROUP, SIZE, CAUSAL: tl.constexpr, SAMPLED: tl.constexpr, D: tl.constexpr,
                        DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     key_head = tl.program_id(1).to(tl.int64)
     groups = H // GROUP  # key-value heads of a sequence
@@ -161,14 +161,15 @@ INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on the CPU, 
 
 
 def tuned(kernel, *blocks):
-    """The kernel, with the fastest of a few (queries, keys, warps) a program, found at its first call.
+    """The kernel, with the fastest of a few (queries, keys, warps) a program, found at its first call
+    with a head size, a kind of gates and a SIZE, the power of two that T fits in, which it does not read.
 
     From reports of registers: those of head size 64 in 16 bits spill none (tests/test_triton.py); the
     last is for larger heads and float32. The interpreter, which has no clock to go by, takes it.
     """
     blocks = blocks[-1:] if INTERPRETED else blocks
     configs = [triton.Config({"BM": m, "BN": n}, num_warps=w) for m, n, w in blocks]
-    return triton.autotune(configs, key=["D", "SAMPLED", "CAUSAL"])(kernel)
+    return triton.autotune(configs, key=["SIZE", "D", "SAMPLED", "CAUSAL"])(kernel)
 
 
 FORWARD = (64, 32, 4), (128, 32, 8), (64, 64, 8), (32, 32, 4)
@@ -184,8 +185,8 @@ backward_kv = tuned(backward_kv_kernel, *BACKWARD_KV)
 
 def how(q, k, bias, causal, sampled):
     """The last arguments of all three kernels, but for the sizes of their blocks."""
-    (_, H, T, D), G = q.shape, k.shape[1]
-    return T, 1 / math.sqrt(D), bias, H, H // G, causal, sampled, D, max(16, triton.next_power_of_2(D))
+    (_, H, T, D), G, power = q.shape, k.shape[1], triton.next_power_of_2
+    return T, 1 / math.sqrt(D), bias, H, H // G, power(T), causal, sampled, D, max(16, power(D))
 
 
 @torch.library.custom_op("sparse_attention::gated", mutates_args=())

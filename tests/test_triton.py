@@ -171,7 +171,7 @@ def report(kernel, D, blocks, capability):
     BM, BN, warps = blocks
     fixed = dict(CAUSAL=True, SAMPLED=True, D=D, DP=D, BM=BM, BN=BN)
     kinds = dict(lse_="*fp32", prob_="*fp32", open_="*fp32", delta_="*fp32", r_="*fp32", start_="*i32",
-                 stride_="*i32", column_="*i32", T="i32", H="i32", GROUP="i32", scale="fp32", bias="fp32")
+                 stride_="*i32", column_="*i32", T="i32", H="i32", GROUP="i32", SIZE="i32", scale="fp32", bias="fp32")
     names = kernel.arg_names
     signature = {n: "constexpr" if n in fixed else kinds.get(n, "*bf16") for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"}
