@@ -162,18 +162,18 @@ def evaluate(model, blocks, batch_size, amp, teacher=None, sampled=False):
     Losses in nats a token; open: the share of open gates, deterministic ones or `sampled` with fixed
     seeds; heads: of each head. The ranks share the work.
     """
-    count, totals, device = len(blocks[0]), 0.0, model.wte.weight.device
+    count, told, totals, device = len(blocks[0]), (blocks[1] != -1).sum(), 0.0, model.wte.weight.device
     for n in range(0, count, batch_size):
         rows = torch.arange(n + fsdp.rank(), min(n + batch_size, count), fsdp.world())
-        share = len(rows) / count
+        share, part = len(rows) / count, (blocks[1][rows] != -1).sum() / told  # of sequences, of targets
         rows = rows if len(rows) else torch.tensor([0])  # all ranks must run, to gather the weights
         idx, targets = (x[rows].to(device) for x in blocks)
         with amp():
             seeds = fold_in(-1, rows) if sampled else None
             logits, ce, edges = model(idx, targets, seed=seeds, logits=teacher is not None)
             kl = divergence(teacher, logits, idx) if teacher else ce
-        found = [ce, kl] + ([] if edges is None else edges.open.flatten().tolist())
-        totals = totals + share * torch.tensor(found, dtype=torch.float64)
+        found = [share * kl] + ([] if edges is None else (share * edges.open).flatten().tolist())
+        totals = totals + torch.tensor([part * ce, *found], dtype=torch.float64)
     ce, kl, *heads = fsdp.total(totals)
     found = {"ce": ce} | ({"kl": kl} if teacher else {})
     if heads:

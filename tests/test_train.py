@@ -213,12 +213,16 @@ def test_evaluation_changes_nothing(base, tmp_path):
 def test_an_evaluation_is_the_mean_over_its_blocks(base):
     """Whatever the batch size, also one that does not divide their number; sampled gates too."""
     model = Transformer.from_pretrained(base, sparse=True, gate_bias=1.0)
-    blocks = tokens.Blocks(tokens.load_data("python-docs", "bytes")["val"], 32).evenly(7)
+    idx, targets = tokens.Blocks(tokens.load_data("python-docs", "bytes")["val"], 32).evenly(7)
+    targets[2, :30] = targets[4, 5:] = -1  # a mean over the targets that count
+    blocks = idx, targets
     for sampled in (False, True):
         found = [train.evaluate(model, blocks, size, NO_AUTOCAST,
                                 teacher=model, sampled=sampled) for size in (1, 3, 7)]
         for key in ("ce", "kl", "open"):
             assert found[0][key] == pytest.approx(found[1][key]) == pytest.approx(found[2][key])
+        if not sampled:
+            assert found[0]["ce"] == pytest.approx(model(idx, targets)[1].item())
         assert torch.tensor(found[0]["heads"]).shape == (2, 2)
         assert sum(map(sum, found[0]["heads"])) / 4 == pytest.approx(found[0]["open"])
 
