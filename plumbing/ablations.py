@@ -120,7 +120,7 @@ def main(flags):
             with patch() if patch else contextlib.nullcontext():
                 found[name].append(post_train([replace(as_it_is, out=out, **changes)]) | {"ce_dense_control": ce})
     variants = {name: summary(results) for name, results in found.items()}
-    print(f"\n{'mean of the seeds (lowest to highest)':40}{'open %':>20}{'CE above control':>26}{'copying %':>18}")
+    print(f"\n{'mean of the seeds (lowest to highest)':40}{'open %':>24}{'CE above control':>26}{'copying %':>22}")
     for name, values in variants.items():
         print(f"{name:40}" + "".join(f"{statistics.mean(x):{f}} ({min(x):{f}} to {max(x):{f}})".rjust(width)
               for f, width, x in zip((".2%", ".3f", ".0%"), (24, 26, 22), values.values())))

@@ -58,7 +58,7 @@ def accuracy(model, tok, context, n=64, tap=None, amp=contextlib.nullcontext):
     """
     found = {}
     for period in PERIODS:
-        if 2 * period <= context:
+        if 2 * period + (tok.bos is not None) <= context:
             prompts = tasks.make("induction", tok, n, seed=period, length=period).clean
             with amp():
                 logits = model(prompts.to(model.wte.weight.device), tap=tap)[0][:, -period:-1]
@@ -67,14 +67,15 @@ def accuracy(model, tok, context, n=64, tap=None, amp=contextlib.nullcontext):
 
 
 # -----------------------------------------------------------------------------
-# by which heads: read from attention maps A a (N, L, H, T, T) of prompts that come twice, T = 2 period
+# by which heads: read from attention maps A a (N, L, H, T, T) of prompts that come twice, T = 2 period, or one
+# more where a beginning-of-text id stands in front
 
 
 def weight_by_role(maps):
     """{"previous token": (L, H), "induction": (L, H)}: each head's mean weight on the edges of that role."""
-    period = maps.shape[-1] // 2
+    period, front = divmod(maps.shape[-1], 2)
     return {"previous token": maps.diagonal(-1, -2, -1).mean((0, -1)),  # from i - 1 to i
-            "induction": maps.diagonal(1 - period, -2, -1)[..., 1:].mean((0, -1))}  # from i + 1 - period
+            "induction": maps.diagonal(1 - period, -2, -1)[..., 1 + front:].mean((0, -1))}  # from i + 1 - period
 
 
 def find_heads(maps):
@@ -95,7 +96,7 @@ def kinds(T):
                         "the same token, the last time": i - j == T // 2, "itself": i == j,
                         "two to four before": (i - j >= 2) & (i - j <= 4), "the first token": j == 0,
                         "another": j <= i}.items():
-        found[kind] = pairs & left & ~(kind.startswith("what") & (j == 0))  # no token comes before it
+        found[kind] = pairs & left & ~(kind.startswith("what") & (j < 1 + T % 2))  # no token comes before it
         left = left & ~found[kind]
     return found
 

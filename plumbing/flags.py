@@ -102,7 +102,9 @@ def run(main, flags, doc=None):
             time.sleep(3)  # then this rank is ended before it does
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         print("error: out of memory: try a smaller batch or a shorter context", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -136,7 +138,7 @@ def in_processes(function, tasks):
 
 def replace(path, write):
     """write(temporary path), then rename: a reader, or a crash, never meets half a file."""
-    temporary = f"{path}.tmp{os.getpid()}"
+    temporary = f"{path}.tmp{platform.node()}{os.getpid()}"  # on a shared disk, too
     try:
         write(temporary)
         with open(temporary, "rb+") as f:

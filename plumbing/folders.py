@@ -110,8 +110,9 @@ def unfinished(runs):
                                  f"{saved['flags'].get(name)}, not {value}: give another --out, or --overwrite")
         if not saved or saved["step"] < flags.steps or not os.path.exists(os.path.join(flags.out, "results.json")):
             todo.append((flags, saved))
-    print("from scratch:", ", then ".join(f"{flags.steps} steps in {flags.out}" for flags, _ in todo)
-          + "; the default flags take about 17 minutes on two CPU cores, 26 on one")
+    if todo:
+        print("from scratch:", ", then ".join(f"{flags.steps} steps in {flags.out}" for flags, _ in todo)
+              + "; the default flags take about 17 minutes on two CPU cores, 26 on one")
     return todo
 
 

@@ -46,7 +46,7 @@ def process_group(wanted, device, folder, batch_size):
     if not wanted:
         yield
         return
-    on_failure = (f"this rank ends because another one has failed; the last checkpoint is in {folder}: "
+    on_failure = (f"this rank ends because another one has failed or it was told to; the last checkpoint is in {folder}: "
                   f"go on with torchrun ... train.py --fsdp --resume {folder}")
     if "RANK" not in os.environ:
         raise ValueError("--fsdp needs one process a GPU: start it as torchrun --nproc-per-node N "
@@ -190,7 +190,8 @@ def save(path, model, optimizer, trained_only, sharded, **plain):
     parts = {"model": model, "optimizer": optimizer}
     if not sharded:
         write_pickle(path + ".pt", plain | parts)
-        shutil.rmtree(path, ignore_errors=True)  # of an earlier, sharded part of the run
+        for earlier in (path, f"{path}.old"):  # of a sharded part of the run
+            shutil.rmtree(earlier, ignore_errors=True)
         return
     fresh, old = f"{path}.new", f"{path}.old"
     dcp.save(parts, checkpoint_id=fresh)

@@ -247,7 +247,13 @@ def usable(tok):
     """Ids that text can have: no special tokens, no parts of a character. Bytes: those of a keyboard."""
     if tok.name == "bytes":
         return [*range(ord(" "), ord("~") + 1)]
-    return [i for i in range(tok.vocab_size) if encode(tok, tok.decode([i])) == [i]]
+    def comes_back(i):
+        try:
+            return encode(tok, tok.decode([i])) == [i]
+        except KeyError:  # an id that no token has
+            return False
+
+    return [i for i in range(tok.vocab_size) if comes_back(i)]
 
 
 def induction(tok, n, draws, corrupt, length=16):

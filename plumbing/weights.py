@@ -57,7 +57,7 @@ def read_checkpoint(name_or_path):
     fields, weights = content.get("config"), content.get("model", content)
     table = isinstance(weights, dict) and all(map(torch.is_tensor, weights.values()))
     if not table or not isinstance(fields, dict) or "gate_bias" not in fields:  # nanoGPT has a config too
-        return from_nanogpt(path, weights if table else {})
+        return from_nanogpt(path, weights if table else {}, content.get("model_args"))
     if unknown := fields.keys() - set(" ".join(FIELDS).split()):
         raise ValueError(f"{path} has the unknown setting {min(unknown)}: another version wrote it")
     if any(name.endswith("lora_a") for name in weights):
@@ -204,7 +204,7 @@ def settings_from(fields):
         raise ValueError("only the architectures of GPT-2 and LLaMA have a Hugging Face layout: causal; "
                          "layernorm, learned positions, gelu, biases, as many key-value heads as "
                          "heads; or rmsnorm, rope, swiglu")
-    end = fields["vocab_size"] - 1 if family == "gpt2" else None
+    end = min(fields["vocab_size"], 50257) - 1 if family == "gpt2" else None  # more ids only fill up a matrix
     settings = {"model_type": family, "torch_dtype": "float32", "bos_token_id": end, "eos_token_id": end,
                 "architectures": ["GPT2LMHeadModel" if family == "gpt2" else "LlamaForCausalLM"]}
     settings |= {key: values[0] for key, values in SUPPORTED[family].items()}
@@ -244,6 +244,12 @@ def tensors_from(fields, weights):
     return tensors
 
 
+def positive(x):
+    if not (isinstance(x, int | float) and 0 < x < math.inf):
+        raise TypeError
+    return x
+
+
 def scale_rope(frequency, scaling):
     """RoPE's frequencies, radians per position, after the rope_scaling of a config.json, or None.
 
@@ -254,14 +260,16 @@ def scale_rope(frequency, scaling):
         if kind == "default":
             return frequency
         if kind == "linear":
-            return frequency / scaling["factor"]
+            return frequency / positive(scaling["factor"])
         if kind == "llama3":
-            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-            turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+            low, high = positive(scaling["low_freq_factor"]), positive(scaling["high_freq_factor"])
+            turns = positive(scaling["original_max_position_embeddings"]) * frequency / (2 * math.pi)
             keep = ((turns - low) / (high - low)).clamp(0, 1)
-            return keep * frequency + (1 - keep) * frequency / scaling["factor"]
+            return keep * frequency + (1 - keep) * frequency / positive(scaling["factor"])
     except KeyError as error:
         raise ValueError(f"rope_scaling of type {kind!r} lacks {error.args[0]!r}") from None
+    except TypeError:
+        raise ValueError(f"rope_scaling of type {kind!r} needs positive numbers, not {scaling}") from None
     raise ValueError(f"rope_scaling of type {kind!r} is not known, only default, linear and llama3")
 
 
@@ -275,10 +283,11 @@ def same_head(weights):
     return len(both) < 2 or torch.equal(*both)
 
 
-def from_nanogpt(source, weights):
-    """(fields, weights) of the paper authors' final.pth, a nanoGPT state dict: gates on, b = 0.
+def from_nanogpt(source, weights, settings=None):
+    """(fields, weights) of a nanoGPT state dict: the paper authors' final.pth, gates on, b = 0.
 
-    It holds no settings: sizes are those of the tensors, heads are 64 wide as in GPT-2.
+    It holds no settings: sizes are those of the tensors, heads are 64 wide as in GPT-2. nanoGPT's own
+    ckpt.pt has settings, its model_args, and a dense model.
     """
     ours = {}
     for name, t in weights.items():
@@ -289,12 +298,13 @@ def from_nanogpt(source, weights):
     if not {"wte.weight", "wpe.weight", "ln_f.weight"} <= ours.keys():
         raise ValueError(f"{source} is neither this project's checkpoint nor a nanoGPT state dict")
     vocab_size, n_embd = ours["wte.weight"].shape
-    if n_embd % 64:
+    n_head = settings.get("n_head") if isinstance(settings, dict) else None
+    if not n_head and n_embd % 64:
         raise ValueError(f"{source} is {n_embd} wide, which heads of 64 do not fill")
-    fields = {"vocab_size": vocab_size, "n_embd": n_embd, "n_head": n_embd // 64,
+    fields = {"vocab_size": vocab_size, "n_embd": n_embd, "n_head": n_head or n_embd // 64,
               "n_layer": len({name.split(".")[1] for name in ours if name.startswith("h.")}),
               "block_size": len(ours["wpe.weight"]), "attention_bias": "h.0.attn.c_attn.bias" in ours,
               "mlp_bias": "h.0.mlp.c_fc.bias" in ours, "tied_head": same_head(ours),
-              "sparse": True, "gate_bias": 0.0}
+              "sparse": not n_head, "gate_bias": 0.0}
     norms = {name.removesuffix(".weight") for name in ours if re.search(r"\bln_\w+\.weight$", name)}
     return fields, {f"{norm}.bias": torch.zeros(n_embd) for norm in norms} | ours  # has none

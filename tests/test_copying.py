@@ -150,6 +150,17 @@ def test_every_pair_is_of_one_kind():
     assert of["what came next the last time"].nonzero().tolist() == [[i, i - 5] for i in range(6, 12)]
 
 
+def test_a_beginning_of_text_id_moves_every_token_by_one(monkeypatch):
+    """T = 13: token 0 stands in front, 1 to 6 come again as 7 to 12."""
+    edges = [[i, i - 5] for i in range(7, 13)]
+    assert copying.kinds(13)["what came next the last time"].nonzero().tolist() == edges
+    maps = torch.zeros(1, 1, 1, 13, 13)
+    maps[..., *torch.tensor(edges).T] = 1.0
+    assert copying.weight_by_role(maps)["induction"].item() == 1
+    monkeypatch.setattr(BYTES, "bos", 256)
+    assert list(copying.accuracy(Copier(), BYTES, 48)) == [8, 12, 16, 20]  # 24 and 24 and one do not fit
+
+
 def test_a_head_that_is_shut_writes_nothing():
     torch.manual_seed(0)
     model = Transformer(Config(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16, init_std=0.3,

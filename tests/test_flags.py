@@ -93,6 +93,25 @@ def test_scripts_end_bad_input_with_one_line_and_code_2(command, message, monkey
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
+def test_out_of_memory_on_a_cpu_is_one_line_and_other_errors_are_not(monkeypatch, capsys):
+    @dataclass
+    class Empty:
+        pass
+
+    def fails(flags):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    message = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes."
+    with pytest.raises(SystemExit) as stop:
+        flags.run(fails, Empty, "")
+    assert stop.value.code == 2 and capsys.readouterr().err == (
+        "error: out of memory: try a smaller batch or a shorter context\n")
+    message = "a bug"
+    with pytest.raises(RuntimeError, match="a bug"):
+        flags.run(fails, Empty, "")
+
+
 def test_as_a_command_of_its_own():
     run = subprocess.run([sys.executable, "geco.py", "--tau", "0"], cwd=ROOT, capture_output=True,
                          text=True)

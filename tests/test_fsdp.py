@@ -278,6 +278,16 @@ def test_a_crafted_sharded_run_does_not_run_code_on_resume(sharded, tmp_path, cr
 def test_a_sharded_run_is_resumed_where_it_was_copied_to(sharded, tmp_path):
     shutil.copytree(sharded, tmp_path / "copy")
     alone(tmp_path / "copy", "--resume", "sharded", "--sitting", "1", dtype=torch.float32)
+    assert fsdp.read(fsdp.newest(str(tmp_path / "copy" / "sharded" / "last")))["step"] == 3
+    assert fsdp.read(fsdp.newest(str(sharded / "sharded" / "last")))["step"] == 2
+
+
+def test_a_file_takes_the_place_of_what_a_killed_sharded_save_left(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    for folder in ("last", "last.old"):
+        (tmp_path / folder).mkdir()
+    fsdp.save(str(tmp_path / "last"), model, torch.optim.AdamW(model.parameters()), False, False, step=5)
+    assert os.listdir(tmp_path) == ["last.pt"] and fsdp.read(fsdp.newest(str(tmp_path / "last")))["step"] == 5
 
 
 def test_two_machines_with_one_cache_fetch_the_model_once(base, monkeypatch):

@@ -87,7 +87,7 @@ def test_a_model_of_nan_is_refused_even_with_force(pair, tmp_path):
     (["--n", "12", "--ablation", "half"], "--ablation must be one of resample, mean, zero"),
     (["--n", "12", "--task", "chess"], "--task must be one of ioi, greater-than, induction, bracket, addition"),
     (["--n", "12", "--ranking", "best"], "--ranking must be one of exact, rerun, eap-ig, eap"),
-    (["--n", "10000000", "--force"], "addition|prompts"),
+    (["--n", "10000000", "--force"], "addition has 10000 problems, not 10000000"),
     (["--n", "12", "--task", "ioi", "--tokenizer", "gpt3"], "unknown tokenizer"),
     (["--n", "12", "--sparse", "dense"], "has no gates"),
     (["--n", "12", "--dense", "sparse"], "has gates: give the model before"),

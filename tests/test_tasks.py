@@ -128,6 +128,18 @@ def test_metrics_have_a_gradient_and_keep_float64():
         assert task.metric(logits.bfloat16()).dtype == torch.float32
 
 
+def test_ids_that_no_token_has_are_not_used():
+    class Gaps(type(BYTES)):
+        name, vocab_size = "gaps", 400
+
+        def decode(self, ids):
+            if ids[0] > 256:
+                raise KeyError(f"Invalid token for decoding: {ids[0]}")
+            return super().decode(ids)
+
+    assert tasks.usable(Gaps()) == [*range(128)]  # bytes above are parts of a character
+
+
 def test_what_can_not_be_made_is_said_in_one_line(words):
     refused("unknown task 'iio', there are: ioi, greater-than", "iio", words, 5)
     refused("ioi has no corruption 'abd', only abc, flip", "ioi", words, 5, corrupt="abd")

@@ -152,11 +152,18 @@ def test_a_sharded_llama(dtype, tmp_path):
         Transformer.from_pretrained(str(tmp_path))
 
 
+def test_a_padded_vocabulary_ends_its_text_with_an_id_that_is_a_token(tmp_path):
+    Transformer(Config(n_layer=1, n_head=1, n_embd=8, vocab_size=50304, block_size=4)).save_pretrained(str(tmp_path))
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 50256
+
+
 BAD_LLAMA = {
     "rope_scaling of type 'yarn' is not known": lambda f: settings(
         f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
     "rope_scaling of type 'llama3' lacks 'high_freq_factor'": lambda f: settings(
         f, rope_parameters={k: v for k, v in LLAMA3.items() if "high" not in k}),
+    "rope_scaling of type 'linear' needs positive numbers, not": lambda f: settings(
+        f, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 0}),
     "has heads of 16, where hidden_size": lambda f: settings(f, head_dim=16),
     "hidden_act = 'gelu'": lambda f: settings(f, hidden_act="gelu"),
     "lacks tensor h.1.attn.c_attn.weight": lambda f: damage(
@@ -255,9 +262,9 @@ def test_a_folder_of_train_opens_by_its_best_state_or_else_its_last(tmp_path):
 
 
 def test_a_nanogpt_checkpoint_is_no_checkpoint_of_ours(tmp_path):
-    """nanoGPT's ckpt.pt has a config and a model too, with other settings in it."""
-    ours = Transformer(Config(n_layer=2, n_head=2, n_embd=128, vocab_size=90, block_size=16, sparse=True))
-    content = {"model": nanogpt(ours), "config": {"n_layer": 2, "learning_rate": 6e-4}, "model_args": {}}
+    """nanoGPT's ckpt.pt has a config and a model too, with other settings in it, and is dense."""
+    ours = Transformer(Config(n_layer=2, n_head=4, n_embd=48, vocab_size=90, block_size=16))
+    content = {"model": nanogpt(ours), "config": {"n_layer": 2, "learning_rate": 6e-4}, "model_args": {"n_head": 4}}
     torch.save(content, tmp_path / "ckpt.pt")
     idx = torch.randint(90, (2, 16))
     assert torch.equal(Transformer.from_pretrained(str(tmp_path / "ckpt.pt"))(idx)[0], ours(idx)[0])
@@ -283,7 +290,7 @@ def settings(folder, **change):
 
 
 BAD = {
-    "lacks tensor lm_head.weight and 1 more|lacks tensor":
+    "lacks tensor lm_head.weight and 1 more":
         lambda f: damage(f, lambda w: w.pop("transformer.wte.weight")),
     "unknown tensor h.0.attn.extra": lambda f: damage(
         f, lambda w: w.update({"transformer.h.0.attn.extra": torch.zeros(3)})),
