@@ -352,7 +352,7 @@ class Flags:
     qkv: str = "split"  # split: a head reads by q, k and v; merged: once
     ranking: str = "rerun"  # of a circuit's edges: exact, rerun, eap-ig or eap; RESULTS.md compares them
     ablation: str = "resample"  # of edges outside a circuit: resample, mean or zero
-    fast: bool = False  # at most 8 prompts, a coarse grid and no CPR: about two minutes
+    fast: bool = False  # at most 8 prompts, a coarse grid and no CPR
     force: bool = False  # go on with a model that can not do the task
     tokenizer: str | None = None  # gpt2, bytes or a tokenizer.json; default: the model's own
     seed: int = 0  # of prompts and bootstrap
