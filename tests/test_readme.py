@@ -8,8 +8,11 @@ import shlex
 import statistics
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from plumbing import flags
+from plumbing.files import read_metadata
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAGES = {name: open(os.path.join(ROOT, name)).read() for name in ("README.md", "RESULTS.md")}
@@ -232,7 +235,8 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
             f"| copying model {shares}, {gaps} nats above its control, {len(circuits)} seeds |",
             f"| 8 layers of 8 heads {large['open_frac']:.2%}, {large['ce_sparse'] - large['ce_dense_control']:.3f} above; "
             f"English bytes {english['open_frac']:.2%}, {english['ce_sparse'] - english['ce_dense_control']:.3f} above",
-            f"SmolLM2-135M {smollm2['open_frac']:.2%}, {smollm2['ce_sparse'] - smollm2['ce_dense_control']:.2f} above",
+            f"SmolLM2-135M {smollm2['open_frac']:.2%} at KL(dense, sparse) {smollm2['kl_sparse']:.3f} nats, "
+            f"CE {smollm2['ce_sparse'] - smollm2['ce_dense']:.3f} above the dense model",
             f"| copying model {each}, {averaged}; by effect {by_effect} |",
             f"| 8 layers of 8 heads {ratios('copying-large/induction')} |", f"| SmolLM2 {ratios('circuits/ioi')} |",
             f"| SmolLM2 {ratios('circuits/greater-than')} |"):
@@ -271,17 +275,30 @@ def test_the_table_of_ranks_is_the_dry_run():
     assert f"{plan['bytes_per_rank']['1']['parameters']:,}" in README
 
 
-def test_the_smollm2_run_is_the_result_file():
-    r = results("smollm2")
+def test_the_smollm2_run_and_its_adapter_are_what_page_and_card_say():
+    folder, r = os.path.join(ROOT, "results/smollm2"), results("smollm2")
+    card, page = (" ".join(text.split()) for text in (open(os.path.join(folder, "README.md")).read(), PAGES["RESULTS.md"]))
     layers = [sum(shares) / len(shares) for shares in r["heads"]]
-    first = sum(sorted(r["heads"][0])[-6:]) / sum(map(sum, r["heads"]))
-    for text in (f"{r['tokens']:,} tokens", f"in {r['training_seconds'] / 60:.0f} minutes",
-                 f"{r['open_frac']:.2%} of the edges", f"{r['open_edges_per_query']:.2f} a query and head",
-                 f"{r['ce_sparse']:.3f} nats", f"the dense model has {r['ce_dense']:.3f}",
-                 f"without gates {r['ce_dense_control']:.3f}",
-                 f"{r['ce_sparse'] - r['ce_dense_control']:.2f} nats of it", f"{first:.0%} lies in six heads of layer 0",
-                 f"layers 1 to 29 keep {sum(layers[1:]) / 29:.2%}"):
-        assert text in README.replace("\n", " "), text
+    for text in (f"{r['tokens']:,} ", f"{r['seconds'] / 60:.0f} minutes on two CPU cores", f"{r['open_frac']:.2%}",
+                 f"{r['open_edges_per_query']:.2f} a query and head", f"{r['kl_sparse']:.3f} nats a token", f"{r['ce_sparse']:.3f}",
+                 f"the dense model has {r['ce_dense']:.3f}", f"layer 0 {layers[0]:.1%}, layers 1 to 29 {sum(layers[1:]) / 29:.2%}"):
+        assert text in card and text in page, text
+    assert f"Layer 0 holds {layers[0] / sum(layers):.0%} of what is open" in page
+    assert f"with {1 - r['open_frac']:.1%} of its attention edges shut" in card
+    path = os.path.join(folder, "adapter.safetensors")
+    tensors, about = load_file(path), read_metadata(path)
+    assert os.path.getsize(path) <= 10e6 and {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    assert len(tensors) == 30 * 5 * 2  # A and B of five matrices a layer
+    assert all(r["flags"]["lora"] == min(t.shape) for t in tensors.values())
+    assert json.loads(about["gates"]) == {"sparse": True, "gate_bias": 2.0} and re.fullmatch("[0-9a-f]{8}", about["base"])
+    assert (r["best_step"] is None) == ("none met the bound" in card) == ("No state held the bound" in page)
+    lines = re.findall(r"^python .*", open(os.path.join(folder, "README.md")).read().replace("\\\n", ""), re.M)
+    assert [" ".join(line.split()) for line in lines][0] == r["command"] and len(lines) == 3
+    for line in lines:
+        script, *rest = shlex.split(line)[1:]
+        flags.parse(importlib.import_module(script.removesuffix(".py")).Flags, rest)
+    for link in re.findall(r"\]\(([^)]+)\)", card):
+        assert os.path.exists(os.path.join(folder, link)), link
 
 
 def test_the_circuit_table_is_the_result_files():
@@ -298,6 +315,10 @@ def test_the_circuit_table_is_the_result_files():
             assert row + " |" in README, row
         accuracy = f"| accuracy | {r['dense']['accuracy']:.1%} | {r['sparse']['accuracy']:.1%} | |"
         assert f"{r['dense']['n']} prompts {accuracy}" in README
+        for kind in ("head to head", "head to MLP", "MLP to head", "MLP to MLP") * (task != "addition"):
+            cells = [f"{r[name]['classes']['score'].get(kind, 0):,} / {r[name]['classes']['effect'].get(kind, 0):,}"
+                     for name in ("dense", "sparse")]
+            assert f"| | {kind}, by score / by effect | {' | '.join(cells)} | |" in README, kind
     graph = results("circuits/ioi")["token_graph"]
     assert f"{graph['shut in both']:,} of the\n{sum(graph.values()):,} of the sentence" in README
 

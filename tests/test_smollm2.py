@@ -1,14 +1,17 @@
-"""A real pretrained LLaMA, opt-in: SPARSE_ASSETS, a folder with smollm2-135m/ (config.json,
-model.safetensors, tokenizer.json) and English text in news.val.txt."""
+"""A real pretrained LLaMA, opt-in: SPARSE_ASSETS, the folder that `python -m plumbing.assets smollm2 news`
+wrote, with English text in news.val.txt besides."""
 
+import json
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from model import Transformer, generate
-from plumbing.tokens import Blocks, name_for, tokenizer
+from plumbing.tokens import Blocks, load_data, name_for, tokenizer
+from train import EVAL_SEQUENCES, evaluate
 
 ASSETS = os.environ.get("SPARSE_ASSETS", "")
 pytestmark = pytest.mark.skipif(not ASSETS, reason="SPARSE_ASSETS: a folder with smollm2-135m")
@@ -37,3 +40,17 @@ def test_its_loss_is_that_of_transformers(model):
         want = torch.nn.functional.cross_entropy(want.flatten(0, 1), targets.flatten())
     assert abs(ours - want) < 1e-4
     assert 2 < ours < 4.5
+
+
+def test_the_committed_adapter_has_the_numbers_of_its_run(model, tmp_path, monkeypatch):
+    """Loss, divergence and open gates of base + adapter on the run's test text."""
+    here = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "results", "smollm2")
+    run = json.load(open(os.path.join(here, "results.json")))
+    news, tok = os.path.abspath(os.path.join(ASSETS, "news.txt")), name_for(model.config.vocab_size, model=FOLDER)
+    sparse = Transformer.from_pretrained(FOLDER, os.path.join(here, "adapter.safetensors")).eval()
+    monkeypatch.chdir(tmp_path)  # for data/
+    text = Blocks(load_data(news, tok, run["tokens"])["test"], run["context_length"]).evenly(EVAL_SEQUENCES)
+    found = evaluate(sparse, text, 8, nullcontext, teacher=model)
+    assert found["ce"] == pytest.approx(run["ce_sparse"], rel=0.01)
+    assert found["kl"] == pytest.approx(run["kl_sparse"], rel=0.01)
+    assert found["open"] == pytest.approx(run["open_frac"], rel=0.01)
