@@ -285,6 +285,12 @@ def test_the_smollm2_run_and_its_adapter_are_what_page_and_card_say():
         assert text in card and text in page, text
     assert f"Layer 0 holds {layers[0] / sum(layers):.0%} of what is open" in page
     assert f"with {1 - r['open_frac']:.1%} of its attention edges shut" in card
+    found = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
+    found = {line["step"]: line for line in found if "val_kl" in line}
+    shares = [100 * line["val_open"] for step, line in found.items() if step <= 600]
+    assert (f"From step 100 to 600 the KL falls from {found[100]['val_kl']:.2f} to {found[600]['val_kl']:.2f} at "
+            f"{min(shares):.1f} to {max(shares):.1f}% open") in page
+    assert sum(share > 0.99 for share in r["heads"][0]) == 6 and "six of its nine heads are open nearly everywhere" in page
     path = os.path.join(folder, "adapter.safetensors")
     tensors, about = load_file(path), read_metadata(path)
     assert os.path.getsize(path) <= 10e6 and {t.dtype for t in tensors.values()} == {torch.bfloat16}
