@@ -162,10 +162,10 @@ def evaluate(model, blocks, batch_size, amp, teacher=None, sampled=False):
     Losses in nats a token; open: the share of open gates, deterministic ones or `sampled` with fixed
     seeds; heads: of each head. The ranks share the work.
     """
-    count, told, totals, device = len(blocks[0]), (blocks[1] != -1).sum(), 0.0, model.wte.weight.device
+    count, counted, totals, device = len(blocks[0]), (blocks[1] != -1).sum(), 0.0, model.wte.weight.device
     for n in range(0, count, batch_size):
         rows = torch.arange(n + fsdp.rank(), min(n + batch_size, count), fsdp.world())
-        share, part = len(rows) / count, (blocks[1][rows] != -1).sum() / told  # of sequences, of targets
+        share, part = len(rows) / count, (blocks[1][rows] != -1).sum() / counted  # of sequences, of targets
         rows = rows if len(rows) else torch.tensor([0])  # all ranks must run, to gather the weights
         idx, targets = (x[rows].to(device) for x in blocks)
         with amp():

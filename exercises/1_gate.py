@@ -88,9 +88,9 @@ for n, x in enumerate(places):
 
 # %% [markdown]
 # In bfloat16 the largest number below 1 is 0.996. What would round to 1 comes out of torch.rand as 0,
-# once in 500 draws: then n is infinite, and the gate opens wherever it stands. If you cut u off at 1/256 instead, the gate at -6
-# never opens. Rare events need fine numbers, so `sparse.py` computes gates and noise in float32,
-# whatever the model is in.
+# once in 500 draws: then n is infinite, and the gate opens wherever it stands. If you cut u off at
+# 1/256 instead, the gate at -6 never opens. Rare events need fine numbers, so `sparse.py` computes
+# gates and noise in float32, whatever the model is in.
 #
 # ## Task 3: a gradient for a step
 #

@@ -40,7 +40,7 @@ def show(kind, error, trace):
 sys.excepthook = show  # what a terminal shows
 
 
-TAP = {"'tuple' object": "model() returns (logits, loss, edges): take [0]", "tuple indices": "model() returns (logits, loss, edges): take [0]",
+TAP = {**dict.fromkeys(("'tuple' object", "tuple indices"), "model() returns (logits, loss, edges): take [0]"),
        "NoneType": "does your tap return the tensor, at every name?"}
 
 
@@ -68,7 +68,8 @@ def check(number, hints={}):
                     raise
                 except Exception as error:
                     at = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-                    raise stopped(error, f"stops at `{at[-1].line}`" if at else "can not be called as its docstring says") from None
+                    where_it_stops = f"stops at `{at[-1].line}`" if at else "can not be called as its docstring says"
+                    raise stopped(error, where_it_stops) from None
                 if output is None or output is ...:
                     raise NotYet(f"task {number} is not done: fill in {compare.__name__}() in {where} (or does its "
                                  "last line lack `return`?)")

@@ -247,6 +247,7 @@ def usable(tok):
     """Ids that text can have: no special tokens, no parts of a character. Bytes: those of a keyboard."""
     if tok.name == "bytes":
         return [*range(ord(" "), ord("~") + 1)]
+
     def comes_back(i):
         try:
             return encode(tok, tok.decode([i])) == [i]
