@@ -23,7 +23,7 @@ from geco import GECO
 from model import Config, Transformer
 from plumbing import figures
 from plumbing.addition import carry_table, describe
-from plumbing.flags import Log, check, in_processes, open_folder, run, write_results
+from plumbing.flags import Log, check, in_processes, results_folder, run, write_results
 from plumbing.tasks import ANSWER, CHARACTERS, problems
 from sparse import fold_in, gate_map
 
@@ -239,7 +239,7 @@ def results_of(seed, tries, tau, models):
 
 def main(flags):
     started, per_seed, traces = time.time(), [], []
-    log = Log(open_folder(flags.out), asdict(flags))
+    log = Log(results_folder(flags.out), asdict(flags))
     print(f"at most {flags.tries} tries a seed, 1 to 3 minutes on 2 cores; expect 100% exact with about 6 open edges")
     with tqdm(total=flags.seeds * flags.tries, desc="tries", smoothing=0) as bar:
         for seed in range(flags.seed, flags.seed + flags.seeds):

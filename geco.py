@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from plumbing.figures import draw_geco
-from plumbing.flags import open_folder, run, write_results
+from plumbing.flags import results_folder, run, write_results
 
 
 class GECO:
@@ -98,7 +98,7 @@ class Flags:
 
 
 def main(flags):
-    started, picture = time.time(), f"{open_folder(flags.out)}/geco.png"
+    started, picture = time.time(), f"{results_folder(flags.out)}/geco.png"
     torch.manual_seed(0)
     print("minimise x^2 + y^2 subject to (x - 3)^2 + (y - 4)^2 <= tau, seen through noise")
     center, radius = torch.tensor([3.0, 4.0]), math.sqrt(flags.tau)

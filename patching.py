@@ -27,7 +27,7 @@ from tqdm import tqdm
 from model import Transformer, rope_angle, rotate
 from plumbing import circuit_report as report
 from plumbing import tasks, tokens
-from plumbing.flags import check, open_folder, pick_device, run, write_results
+from plumbing.flags import check, results_folder, pick_device, run, write_results
 from sparse import allowed_pairs, gate_map
 
 # -----------------------------------------------------------------------------
@@ -388,7 +388,7 @@ def main(flags):
     models, tok = load(flags)
     task, second = (tasks.make(flags.task, tok, flags.n, seed, flags.corrupt)
                     for seed in (flags.seed, flags.seed + 1))
-    flags.out = open_folder(flags.out or f"out/patching-{flags.task}")
+    flags.out = results_folder(flags.out or f"out/patching-{flags.task}")
     print("{}: {} prompts of {} tokens, kept of {}; {}".format(task.name, *task.clean.shape, task.made, task.about))
     functions = SimpleNamespace(**{f.__name__: f for f in (
         record, head_patching, keep_heads, edge_scores, patch_edges, ablated, exact_edges, attention_maps,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from plumbing import kernel
 from plumbing.figures import draw_cost
-from plumbing.flags import check, open_folder, run, write_results
+from plumbing.flags import check, results_folder, run, write_results
 from plumbing.runs import peak_memory
 from sparse import choose, gated_attention, naive, noise_keys
 
@@ -119,7 +119,7 @@ def print_row(row, impls):
 
 def main(flags):
     started, device = time.time(), "cuda" if torch.cuda.is_available() else "cpu"
-    picture = os.path.join(open_folder(flags.out), "cost.png")
+    picture = os.path.join(results_folder(flags.out), "cost.png")
     torch.set_num_threads(flags.threads)
     impls, dtype, shapes = ["sdpa", "naive", "chunked"], torch.float32, ON_CPU
     if device == "cuda":

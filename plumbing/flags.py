@@ -171,6 +171,18 @@ def open_folder(path):
     return path
 
 
+def results_folder(path):
+    """open_folder, unless it holds the results of another command: ValueError, because they would be lost."""
+    try:
+        with open(os.path.join(path, "results.json")) as f:
+            theirs = json.load(f)["command"]
+    except (OSError, ValueError, TypeError, KeyError):
+        theirs = None  # there are none
+    if theirs not in (None, command()):
+        raise ValueError(f"{path} holds the results of `{theirs}`: give another --out")
+    return open_folder(path)
+
+
 @functools.cache
 def commit():
     """The commit of this code, with "+ changes" if files differ from it; None outside of git."""
@@ -186,14 +198,19 @@ def commit():
 DOWNLOADS = {}  # {owner/name: the commit that the hub served}, of what this process has read
 
 
+def command():
+    """The command line of this process, as it is typed."""
+    folder, script = os.path.split(sys.argv[0])
+    program = ["-m", f"plumbing.{script[:-3]}"] if folder.endswith("plumbing") else [script]
+    return shlex.join(["python", *program, *sys.argv[1:]])
+
+
 def header(device="cpu"):
     """What a number needs to be believed: command, commit, versions, device."""
     names = {"cuda": torch.cuda.get_device_name} if device == "cuda" else {}
-    folder, script = os.path.split(sys.argv[0])
-    program = ["-m", f"plumbing.{script[:-3]}"] if folder.endswith("plumbing") else [script]
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
     return {
-        "command": shlex.join(["python", *program, *sys.argv[1:]]),
+        "command": command(),
         "commit": commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),

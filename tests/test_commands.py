@@ -101,6 +101,7 @@ def run(command, ran):
     if (script, given) in ran:
         return
     ran.append((script, given))
+    sys.argv = [os.path.join(*script.removesuffix(".py").split(".")) + ".py", *rest]
     if words[0] == "torchrun":  # one process; test_fsdp.py has more
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
                         os.path.join(ROOT, script), *rest], check=True)
@@ -114,6 +115,7 @@ def run(command, ran):
 def test_every_command_runs(tmp_path, registry, monkeypatch, capfd):
     stand_ins(tmp_path, registry)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)  # each command is its own: none writes over another's results
     monkeypatch.setattr(attention_cost, "ON_CPU", [(1, 12, 12, 32)])
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: Figure().savefig(path))  # a quick one
     monkeypatch.setattr(ablations, "VARIANTS", dict(list(ablations.VARIANTS.items())[:2]))

@@ -148,6 +148,19 @@ def test_an_output_folder_that_is_a_file_is_refused_and_left_alone(tmp_path):
     assert path.read_text() == "mine"
 
 
+def test_results_of_another_command_are_not_written_over(tmp_path, monkeypatch):
+    path = str(tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["/x/geco.py", "--steps", "5"])
+    flags.write_results(flags.results_folder(path), 0.0, number=1)
+    assert flags.results_folder(path) == path  # the same command gives the same results
+    monkeypatch.setattr(sys, "argv", ["/x/geco.py", "--steps", "6"])
+    with pytest.raises(ValueError, match="holds the results of `python geco.py --steps 5`: give another --out"):
+        flags.results_folder(path)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["number"] == 1
+    (tmp_path / "out" / "results.json").write_text("[")
+    assert flags.results_folder(path) == path
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = str(tmp_path / "results.json")
     flags.replace(path, lambda p: open(p, "w").write("old"))
