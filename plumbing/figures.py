@@ -89,8 +89,8 @@ def draw_edges(studies, results, path):
     ratio, (low, high) = results["ratio"], results["interval"]["edges_for_0.9"]
     left.set(title=f"for 0.9 dense needs {ratio['edges_for_0.9']:.1f}x edges\n({low:.2g} to {high:.2g})",
              xlabel="edges in the circuit, before pruning", xscale="log")
-    right.set(title=f"for 0.9 dense needs {ratio['edges_for_0.9_cumulative_mean_of_curves']:.1f}x, of each sentence (solid),\n"
-                    f"{ratio['edges_for_0.9_cumulative']:.1f}x, averaged first (dotted)",
+    right.set(title=f"dense needs {ratio['edges_for_0.9_cumulative_mean_of_curves']:.1f}x of each sentence (solid),\n"
+                    f"{ratio['edges_for_0.9_cumulative']:.1f}x averaged first (dotted), for 0.9",
               xlabel="edges", ylabel="share of the sum of |scores|", ylim=(0, 1.05), xscale="log")
     effect_axis(left, [study.edges for study in studies.values()])
     right.axhline(0.9, color="black", linewidth=0.8, linestyle=":")
