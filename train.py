@@ -46,16 +46,16 @@ class Flags:
     control: str | None = None  # --out folder of the dense control: tau follows its loss
     # the model, from scratch only
     n_layer: int = 4  # layers
-    n_head: int = 4  # heads a layer
+    n_head: int = 8  # heads a layer
     n_embd: int = 128  # width
     position: str = "rope"  # rope or learned: how the model knows which token is where
-    dense_steps: int = 3000  # steps of dense training before the sparse ones
+    dense_steps: int = 4500  # steps of dense training before the sparse ones
     repeat: float | None = None  # share of sequences with pieces to copy; default .5 from scratch, else 0
     # the method
     sparse: bool = True  # gates and penalty; --no-sparse is the dense control
     gate_bias: float | None = None  # b: open with sigmoid(s + b); default 2, or the init's own
     bound: str = "ce"  # what is bounded: ce, or kl, the divergence KL(dense model, sparse model)
-    slack: float = 0.03  # tau = CE of the control, else of the dense model, + slack; for kl slack; nats
+    slack: float = 0.02  # tau = CE of the control, else of the dense model, + slack; for kl slack; nats
     tau: float | None = None  # the bound itself, instead of --slack
     lora: int = 0  # rank of adapters on the blocks' matrices, all else frozen; 0: train everything
     # the steps
