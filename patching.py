@@ -1,7 +1,7 @@
 """
 Which heads and edges does a model need for a task? Dense beside sparse.
 
-    python patching.py                      how the model of `python train.py` copies, 2 minutes
+    python patching.py                      how the model of `python train.py` copies, a minute
     python patching.py --dense gpt2 --sparse out/gpt2 --task ioi --n 100 --out out/ioi
     python patching.py --dense BASE --sparse BASE --adapter FILE --task greater-than --fast
 

@@ -13,9 +13,9 @@
 # - an *induction head*, in a later layer, then looks from `A` for the token that says "before me
 #   was A". That is the `B` of the first time, and this head copies it.
 #
-# The models are small byte models, 4 layers of 4 heads, trained by `python train.py`: `dense`, and
-# `sparse` with few open gates. The prompts: 16 random characters, then the same 16 again, so the
-# *period* is 16.
+# The models are small byte models, trained by `python train.py --n-head 4`, 4 layers of 4 heads:
+# `dense`, and `sparse` with few open gates. The prompts: 16 random characters, then the same 16
+# again, so the *period* is 16.
 #
 # The solution is in `plumbing/copying.py`; look at it afterwards.
 

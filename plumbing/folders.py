@@ -112,7 +112,7 @@ def unfinished(runs):
             todo.append((flags, saved))
     if todo:
         print("from scratch:", ", then ".join(f"{flags.steps} steps in {flags.out}" for flags, _ in todo)
-              + "; the default flags take about 17 minutes on two CPU cores, 26 on one")
+              + "; the default flags take about 20 minutes on two CPU cores")
     return todo
 
 
