@@ -275,6 +275,17 @@ def test_a_crafted_sharded_run_does_not_run_code_on_resume(sharded, tmp_path, cr
     assert "\n" not in str(error.value) and not (tmp_path / "copy" / "owned").exists()
 
 
+def test_metadata_may_name_a_member_of_an_enum_but_no_attribute():
+    """As Python 3.11.2 pickles them: getattr(the class, "name")."""
+    def asks_for(cls, name):
+        return io.BytesIO(b"cbuiltins\ngetattr\n(ctorch.distributed.checkpoint.metadata\n%s\nV%s\ntR." % (cls, name))
+
+    assert fsdp.Names(asks_for(b"_MEM_FORMAT_ENCODING", b"TORCH_PRESERVE_FORMAT")).load().name == "TORCH_PRESERVE_FORMAT"
+    for cls, name in ((b"_MEM_FORMAT_ENCODING", b"mro"), (b"Metadata", b"__init__")):
+        with pytest.raises((KeyError, TypeError)):
+            fsdp.Names(asks_for(cls, name)).load()
+
+
 def test_a_sharded_run_is_resumed_where_it_was_copied_to(sharded, tmp_path):
     shutil.copytree(sharded, tmp_path / "copy")
     alone(tmp_path / "copy", "--resume", "sharded", "--sitting", "1", dtype=torch.float32)
