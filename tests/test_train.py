@@ -251,11 +251,11 @@ def test_the_multiplier_sees_on_held_out_text_what_the_loss_weighs(bound, base, 
 
     command("--resume", tmp_path)  # and lambda follows from what was seen, every fourth step
     tau = results_of(tmp_path)["tau"]
-    assert tau == pytest.approx(0.025 + (saved["dense"]["val"] if bound == "ce" else 0))
+    assert tau == pytest.approx(train.Flags.slack + (saved["dense"]["val"] if bound == "ce" else 0))
     geco = GECO(tau, nu=0.04)
     lines = log_of(tmp_path, "lambda")
     for n, line in enumerate(lines):
-        geco.tau = tau - 0.025 + 0.025 * train.LOOSE ** min(1, (0.7 - n / 9) / 0.6 if n / 9 < 0.7 else 0)
+        geco.tau = tau - train.Flags.slack * (1 - train.LOOSE ** min(1, (0.7 - n / 9) / 0.6 if n / 9 < 0.7 else 0))
         if n % train.LOOK_EVERY == 0:
             geco.ema = 0.0
             geco.update(line["held_out"])
