@@ -217,13 +217,14 @@ def train(flags, saved=None, bar=None, more=False):
         teacher = build(replace(flags, lora=0), replace(config, sparse=False), apart, device, half)
     measure = partial(evaluate, batch_size=flags.batch_size, amp=amp)
     copies = partial(copying.accuracy, tok=tok, context=context if flags.repeat else 0, amp=amp)
+    right = partial(tasks.accuracies, tok=tok, amp=amp)  # of the tasks of patching.py, along the way
     if saved:
         dense, best, trace, reached = (saved[name] for name in ("dense", "best", "trace", "reached"))
     else:
         model.config.sparse = False  # the same weights before they get their gates
         dense = {split: measure(model, fixed[split])["ce"] for split in fixed} | {"copying": copies(model)}
         model.config.sparse = flags.sparse
-        best, trace = None, [{"step": 0} | measure(model, fixed["val"], teacher=teacher)]
+        best, trace = None, [{"step": 0} | measure(model, fixed["val"], teacher=teacher) | {"accuracy": right(model)}]
     control = folders.read_control(flags.control, flags, dense["test"]) if flags.control else None
     if not saved:  # [step, nats]: what the control had reached by then, else what this model has
         reached = [[0, 0.0]] if teacher else control["trace"] if control else [[0, dense["val"]]]
@@ -295,7 +296,7 @@ def train(flags, saved=None, bar=None, more=False):
 
         # every so often: evaluate, keep the sparsest state within the bound, save, draw
         if (step + 1) % flags.eval_every == 0 or step + 1 == flags.steps:
-            point = {"step": step + 1} | measure(model, fixed["val"], teacher=teacher)
+            point = {"step": step + 1} | measure(model, fixed["val"], teacher=teacher) | {"accuracy": right(model)}
             run.require_finite(step + 1, held_out_loss=point["ce"])
             if flags.sparse:
                 point |= {"lambda": geco.lam, "ce_sampled": measure(model, fixed["val"], sampled=True)["ce"]}
@@ -311,7 +312,8 @@ def train(flags, saved=None, bar=None, more=False):
     if run.last < flags.steps:  # the end of a sitting, or Ctrl-C
         save(run.last, best=best, trace=trace)
         run.leave(run.last)
-    results = run.costs() | {"tau": tau(flags.steps), "ce_dense": dense["test"], "copying_dense": dense["copying"]}
+    results = run.costs() | {"tau": tau(flags.steps), "ce_dense": dense["test"], "copying_dense": dense["copying"],
+                             "accuracy": [[point["step"], point["accuracy"]] for point in trace]}
     if control:
         results |= {"ce_dense_control": control["ce"], "copying_dense_control": control["copying"]}
     results |= run.report(model, partial(measure, blocks=fixed["test"], teacher=teacher), copies, best, trace)

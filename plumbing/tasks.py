@@ -15,6 +15,7 @@ addition       36+28=????? -> 00064, the problems that addition_toy.py learns
 Prompts are drawn at random and checked with their tokenizer, until n of them have the same length.
 """
 
+import contextlib
 import random
 from collections import defaultdict
 from collections.abc import Callable
@@ -50,6 +51,29 @@ def make(name, tok, n, seed=0, corrupt=None, **options):
     if type(n) is not int or n < 1:
         raise ValueError(f"the number of prompts must be a positive integer, not {n!r}")
     return GENERATORS[name](tok, n, random.Random(seed), corrupt, **options)
+
+
+@torch.no_grad()
+def accuracies(model, tok, n=64, amp=contextlib.nullcontext):
+    """{task: share of n clean prompts that the model is right on}, of ioi and greater-than, while it trains.
+
+    A task that tok can not ask is left out; so are both for bytes. amp: as in copying.accuracy.
+    """
+    found = {}
+    for name in () if tok.name == "bytes" else ("ioi", "greater-than"):
+        try:
+            task = make(name, tok, n)
+        except ValueError:  # names or years are not cut as the task needs
+            continue
+        if task.clean.shape[1] > model.config.block_size:
+            continue
+        right = []
+        for rows in torch.arange(n).split(8):  # all logits of a large vocabulary at once are much
+            with amp():
+                logits = model(task.clean[rows].to(model.wte.weight.device))[0]
+            right += task.correct(logits, rows).tolist()
+        found[name] = sum(right) / n
+    return found
 
 
 # -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 
+from model import Config
 from plumbing import tasks
 from plumbing.tokens import tokenizer
 
@@ -138,6 +139,34 @@ def test_ids_that_no_token_has_are_not_used():
             return super().decode(ids)
 
     assert tasks.usable(Gaps()) == [*range(128)]  # bytes above are parts of a character
+
+
+@torch.no_grad()
+def test_accuracies_are_those_of_the_tasks_that_can_be_asked(words):
+    class Knows(torch.nn.Module):
+        """Says what it was told for a prompt, and the first id of all others."""
+
+        config, wte = Config(64, 4000, 1, 1), torch.nn.Embedding(1, 1)
+
+        def forward(self, idx):
+            logits = torch.zeros(*idx.shape, 4000)
+            for n, row in enumerate(idx.tolist()):
+                logits[n, -1, told.get(tuple(row), 0)] = 1
+            return logits, None, None
+
+    task = tasks.make("ioi", words, 64)
+    told = {}
+    for n in range(48):
+        scores = [(task.metric(torch.zeros(1, task.clean.shape[1], 4000).index_fill(2, torch.tensor(i), 1), [n]), i)
+                  for i in task.clean[n].tolist()]
+        told[tuple(task.clean[n].tolist())] = max(scores)[1]
+    early = tasks.make("greater-than", words, 64)  # for who knows nothing, a war may end in most years after it
+    early = early.correct(torch.zeros(64, early.clean.shape[1], 4000)).float().mean().item()
+    assert 0.3 < early < 0.6 and tasks.accuracies(Knows(), words) == {"ioi": 0.75, "greater-than": early}
+    assert tasks.accuracies(Knows(), Years()).keys() == {"ioi"}
+    assert tasks.accuracies(Knows(), BYTES) == {}
+    Knows.config = Config(task.clean.shape[1] - 1, 4000, 1, 1)
+    assert "ioi" not in tasks.accuracies(Knows(), words)
 
 
 def test_what_can_not_be_made_is_said_in_one_line(words):

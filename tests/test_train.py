@@ -283,6 +283,17 @@ def test_the_divergence_is_from_the_dense_model_that_it_began_as(more, base, tmp
     assert kl > 0.01 and results_of(out)["kl_sparse"] == pytest.approx(kl, rel=1e-3)
 
 
+def test_the_accuracy_on_the_tasks_is_measured_before_and_at_every_evaluation(base, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train.tasks, "accuracies", lambda model, tok, amp: asked.append(model) or {"ioi": len(asked) / 8})
+    for kind in ("--sparse", "--no-sparse"):
+        asked.clear()
+        command(*SMALL, "--init", base, "--steps", 20, kind, "--out", tmp_path / kind)
+        assert results_of(tmp_path / kind)["accuracy"] == [[0, {"ioi": 0.125}], [10, {"ioi": 0.25}], [20, {"ioi": 0.375}]]
+        lines = log_of(tmp_path / kind, "val_accuracy")
+        assert [line["val_accuracy"] for line in lines] == [{"ioi": 0.25}, {"ioi": 0.375}]
+
+
 @pytest.mark.parametrize("tau", [1e-9, 1e9])
 @pytest.mark.parametrize("bound", ["ce", "kl"])
 def test_a_bound_that_is_far_off_never_errs(tau, bound, base, tmp_path):
