@@ -16,8 +16,8 @@
 #     y_i  = sum_j A_ij a_ij v_j             what token i has read
 #
 # Each task below is a function to fill in. Run the cell with the check after each. As a script,
-# `python exercises/1_gate.py` stops at the first task that is not done. The solution of all of them
-# is `sparse.py`; look at it afterwards.
+# `python exercises/1_gate.py` stops at the first task that is not done. The solution of tasks 1 to
+# 5 is in `sparse.py`, that of task 6 in `checks.py`; look at them afterwards.
 
 # %%
 import pathlib

@@ -15,7 +15,7 @@
 #
 #     E = distance from the origin, squared              C = distance from (3, 4), squared
 #
-# The solution of tasks 1 to 4 is in `geco.py`; look at it afterwards.
+# The solution of tasks 2 to 4 is in `geco.py`; look at it afterwards.
 
 # %%
 import math

@@ -12,7 +12,8 @@
 # `sparse`, the same weights trained on with gates, until few edges were left (`addition_toy.py`).
 # Gates here are *deterministic*: open where s + b > 0, no noise.
 #
-# The solution is in `plumbing/addition.py` and `patching.py`; look at them afterwards.
+# The solution is in `addition_toy.py` (task 1), `plumbing/addition.py` and `patching.py`; look at
+# them afterwards.
 
 # %%
 import pathlib

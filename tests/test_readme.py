@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import re
 import shlex
@@ -191,19 +192,23 @@ def test_the_table_of_the_demo_s_seeds_is_the_result_files():
             assert shown == f"{100 * min(v for p, v in r[key].items() if int(p) >= 16):.0f}"
         for key in ("edges_for_0.9_cumulative_mean_of_curves", "edges_for_0.9_cumulative", "edges_for_0.9"):
             assert f"{c['dense'][key]} / {c['sparse'][key]} = {c['ratio'][key]:.1f}" in ratios, (seed, key)
+        beside = ", ".join(f"{c['ratio_control'][key]:.1f}" for key in (
+            "edges_for_0.9_cumulative_mean_of_curves", "edges_for_0.9_cumulative", "edges_for_0.9"))
+        assert ratios.endswith(f" | {beside} |")
 
 
 def test_the_first_lesson_has_the_numbers_of_the_result_files():
     """The two stories, the commands and the table beside the paper's."""
     page = " ".join(PAGES["README.md"].split())
     edges = [r["mean_open_edges"] for r in results("addition")["per_seed"]]
-    exact = min(r["exact"] for r in results("addition")["per_seed"])
+    exact, unseen = (min(r[key] for r in results("addition")["per_seed"]) for key in ("exact", "exact_heldout"))
     demo, circuit = results("demo"), results("demo/circuit")
     story, cut = circuit["copying"]["story"], list(circuit["copying"]["surgery"]["sparse"].values())
     above = demo["ce_sparse"] - demo["ce_dense_control"]
     minutes = f"{sum(results(f'demo{part}')['seconds'] for part in ('/dense', '/control', '')) / 60:.0f}"
     left = [100 * sum(case["copying"].values()) / len(case["copying"]) for case in cut]
     team = list(circuit["copying"]["surgery"]["sparse"])[2].split(", ")[1].split()
+    needed = re.search(r"all but the (\d+) heads", list(circuit["copying"]["surgery"]["sparse"])[3])[1]
     number = ("two", "three", "four", "five", "six")[len(team) - 2]
 
     def ratios(name):
@@ -219,18 +224,22 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
         "edges_for_0.9_cumulative_mean_of_curves", "edges_for_0.9_cumulative", "edges_for_0.9"))
     shares = range_of([r["open_frac"] for r, _ in demos()], ".2%")
     gaps = range_of([r["ce_sparse"] - r["ce_dense_control"] for r, _ in demos()], ".3f")
+    control = range_of([c["ratio_control"]["edges_for_0.9"] for c in circuits])
+    missed = sum(r["best_step"] is None for r, _ in demos())
     english, smollm2, large = results("english/sparse"), results("smollm2"), results("copying-large")
     assert f"All three take {minutes} minutes on two CPU cores" in " ".join(PAGES["RESULTS.md"].split())
     for text in (
-            f"{min(edges):.2f} to {max(edges):.2f} of 242 edges stay open, and {exact:.2%} of all",
+            f"{min(edges):.2f} to {max(edges):.2f} of 242 edges stay open, and {exact:.2%} of all 10,000 problems or more",
+            f"of the 1,000 never trained on, {unseen:.1%} or more",
             f"| {min(edges):.2f} to {max(edges):.2f} of 242, 10 seeds, {exact:.2%} exact |",
             f"{edges[0]:.2f} edges a problem",
             f"{demo['open_frac']:.2%} of its edges stay open, {above:.3f} nats above its control",
-            f"copies {100 * min(demo['copying_sparse'].values()):.0f}% and more",
+            f"copies {math.floor(100 * min(demo['copying_sparse'].values()))}% and more",
             f"from 0) reads the token before, in {story['previous_token_open']:.0%}",
             f"{story['heads']['induction']} reads what came next the last time, in {story['induction_open']:.0%}",
             f"{story['induction_right']:.0%} of its open gates are that one",
             f"copying falls to {left[1]:.0f}%, with all {number} induction heads shut to {left[2]:.0f}%",
+            f"alone copy {left[4]:.0f}%; with the {needed} heads of the whole circuit it is {left[3]:.0f}%",
             f"| {minutes}, two CPU cores | {shares} open, {gaps} nats above its control |",
             f"| {results('circuits/ioi')['seconds'] / 60:.0f} for SmolLM2",
             f"| copying model {shares}, {gaps} nats above its control, {len(circuits)} seeds |",
@@ -239,6 +248,8 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
             f"SmolLM2-135M {smollm2['open_frac']:.2%} at KL(dense, sparse) {smollm2['kl_sparse']:.3f} nats, "
             f"CE {smollm2['ce_sparse'] - smollm2['ce_dense']:.3f} above the dense model",
             f"| copying model {each}, {averaged}; by effect {by_effect} |",
+            f"the small ones' are {by_effect} times smaller, beside the control {control}.",
+            f"{('no', 'one', 'two', 'three', 'four')[missed]} of five small ones miss their bound",
             f"| 8 layers of 8 heads {ratios('copying-large/induction')} |", f"| SmolLM2 {ratios('circuits/ioi')} |",
             f"| SmolLM2 {ratios('circuits/greater-than')} |"):
         assert text in page, text
