@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from plumbing import copying, figures, page, tokens
-from plumbing.curves import FRACTIONS, Curve, circuit, classes, cpr, cumulative, explained_effect, grid, holding, trace
+from plumbing.curves import (
+    FRACTIONS, Curve, circuit, classes, cpr, cumulative, explained_effect, grid, holding, rank_correlation, trace)
 from plumbing.flags import replace_text
 from plumbing.rerun import STEPS, rerun_scores
 from plumbing.tasks import CHARACTERS
@@ -205,13 +206,13 @@ class Study:
 
     def rankings(self, task, none):
         """{how edges are ranked: edges_for_0.9, spearman: rank correlation of |score| with |exact effect|}."""
-        sizes = {how: self.score_edges(task, how).mean(0).abs() for how in RANKINGS}
-        places, found = {how: size.argsort().argsort().double() for how, size in sizes.items()}, {}
-        for how, size in sizes.items():
+        scores, found = {how: self.score_edges(task, how) for how in RANKINGS}, {}
+        some = {how: score[:SOME].mean(0).abs() for how, score in scores.items()}  # the exact ones are of these prompts
+        for how, score in scores.items():
+            size = score.mean(0).abs()
             curve = trace(grid(len(self.graph), self.flags.per_decade),
                           lambda n: self.run_circuits(task, self.square(size), n), self.full, none)
-            both = torch.stack([places["exact"], places[how]])
-            found[how] = {"edges_for_0.9": curve.needed(), "spearman": both.corrcoef()[0, 1].item()}
+            found[how] = {"edges_for_0.9": curve.needed(), "spearman": rank_correlation(some["exact"], some[how])}
         return found
 
     def count(self):

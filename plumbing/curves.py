@@ -87,6 +87,15 @@ def holding(shares, level=0.9):
     return int((shares < level).sum()) + 1
 
 
+def rank_correlation(a, b):
+    """Spearman's, of (E,) and (E,): equal values, such as the many zeros of shut gates, share their mean place."""
+    places = []
+    for values in (a, b):
+        _, group, counts = values.unique(return_inverse=True, return_counts=True)
+        places.append((counts.cumsum(0) - (counts - 1) / 2)[group])
+    return torch.stack(places).double().corrcoef()[0, 1].item()
+
+
 # -----------------------------------------------------------------------------
 # circuits as sets of edges, bool (S, V)
 

@@ -80,6 +80,13 @@ def test_quartiles_leave_out_prompts_without_an_effect():
     assert effects.flatten().tolist() == [0.25, 0.75] and left_out == 1
 
 
+def test_rank_correlation_gives_equal_values_their_mean_place():
+    a, b = torch.tensor([0.0, 0.0, 0.0, 3.0, 5.0]), torch.tensor([1.0, 7.0, 3.0, 8.0, 9.0])
+    want = torch.tensor([[2.0, 2, 2, 4, 5], [1, 3, 2, 4, 5]]).corrcoef()[0, 1].item()
+    assert curves.rank_correlation(a, b) == pytest.approx(want) and curves.rank_correlation(b, -b) == pytest.approx(-1)
+    assert curves.rank_correlation(a.flip(0), b.flip(0)) == pytest.approx(want)  # whatever the order of the edges
+
+
 def test_cumulative_shares():
     shares = curves.cumulative(torch.tensor([[1.0, -5.0, 4.0], [0.0, 0.0, 0.0]]))
     assert shares[0].tolist() == [0.5, 0.9, 1.0] and shares[1].tolist() == [0, 0, 0]
@@ -174,6 +181,15 @@ def test_all_heads_or_edges_explain_everything(qkv):
     for curve in (made.edges, *made.heads.values()):
         assert curve.effect()[-1] == pytest.approx(1, abs=1e-5)
     assert made.edges.sizes[-1] == made.numbers["edges"] == {"split": 46, "merged": 26}[qkv]
+
+
+def test_rankings_are_compared_on_the_prompts_of_the_exact_effects(monkeypatch):
+    """Scores that are the exact effects there correlate fully, whatever they are on the other prompts."""
+    made, task, _ = study()
+    exact, some = torch.rand(len(made.graph)), report.SOME
+    monkeypatch.setattr(made, "score_edges", lambda task, how: torch.cat(
+        [exact.expand(some, -1), torch.randn(12 - some, len(exact))]))
+    assert [found["spearman"] for found in made.rankings(task, made.empty).values()] == [pytest.approx(1)] * 4
 
 
 def test_cpr_needs_a_thousand_edges():
