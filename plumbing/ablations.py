@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import sparse
 import train
 from plumbing import folders, runs
-from plumbing.flags import check, open_folder, run, write_results
+from plumbing.flags import check, open_folder, results_folder, run, write_results
 
 
 @dataclass
@@ -95,7 +95,7 @@ def post_train(flags):
     """Results of the runs of train.py that `flags`, one to three of them, ask for."""
     for part, saved in folders.unfinished(flags):
         with runs.progress([(part, saved)]) as bar:
-            train.train(part, saved, bar)
+            train.train(part, saved, bar, more=True)
     with open(os.path.join(flags[-1].out, "results.json")) as f:
         return json.load(f)
 
@@ -109,6 +109,7 @@ def summary(results):
 
 def main(flags):
     started, found = time.time(), {name: [] for name in VARIANTS}
+    results_folder(flags.out)
     for seed in range(flags.seeds):
         folder = open_folder(os.path.join(flags.out, f"seed{seed}"))
         small = train.Flags(n_layer=2, n_head=4, n_embd=64, context=64, batch_size=16, seed=seed, out=folder,

@@ -12,6 +12,7 @@ import zlib
 from dataclasses import asdict
 
 from plumbing import fsdp
+from plumbing.flags import results_folder
 
 # -----------------------------------------------------------------------------
 # which folder
@@ -44,8 +45,10 @@ def check_folder(flags):
     if started and not finished:
         raise ValueError(f"{flags.out} holds a run that is not finished: go on with --resume {flags.out}, "
                          "or give another --out, or --overwrite")
-    if started or finished and not (flags.dry_run or flags.benchmark):  # these two may be done again
+    if started or finished and not (flags.dry_run or flags.benchmark):
         raise ValueError(f"{flags.out} holds a finished run: give another --out, or --overwrite")
+    if finished:  # these two may be done again, by the same command
+        results_folder(flags.out)
 
 
 def remove_old(folder):
@@ -81,6 +84,8 @@ def resume(given):
     folder, saved = given.resume, read_checkpoint(given.resume)
     if saved is None:
         raise ValueError(f"--resume {folder}: there is no last.pt in it to go on from")
+    if saved["step"] >= saved["flags"].get("steps", 0) and os.path.exists(os.path.join(folder, "results.json")):
+        raise ValueError(f"--resume {folder}: this run is finished; remove its results.json to report again")
     if saved["flags"].keys() != asdict(given).keys():
         raise ValueError(f"{newest(folder)} was written by another version of train.py")
     for name in given.given - FREE:
@@ -108,6 +113,9 @@ def unfinished(runs):
             if name not in FREE and saved["flags"].get(name) != value:
                 raise ValueError(f"{flags.out} holds a run that was trained with --{name.replace('_', '-')} "
                                  f"{saved['flags'].get(name)}, not {value}: give another --out, or --overwrite")
+        if not saved and os.path.exists(os.path.join(flags.out, "results.json")):
+            raise ValueError(f"{flags.out} holds results, and no checkpoint to go on from: give another --out, or "
+                             "--overwrite")
         if not saved or saved["step"] < flags.steps or not os.path.exists(os.path.join(flags.out, "results.json")):
             todo.append((flags, saved))
     if todo:

@@ -1,5 +1,7 @@
 """Each variant changes the one thing that its name says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,6 +58,19 @@ def test_softplus_is_the_mean_over_allowed_pairs():
     want = torch.stack([F.softplus(s[0, h, i, j] + 0.7) for h in range(2) for i in range(5) for j in range(i + 1)])
     assert E.mean().item() == pytest.approx(want.mean().item(), rel=1e-5)
     torch.testing.assert_close(y, sparse.gated_attention(q, k, v, 0.7, impl="naive")[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_variant_that_was_stopped_goes_on_by_the_same_command(base, tmp_path, capsys):
+    """train.py --resume would finish it without what the variant changes."""
+    with pytest.raises(SystemExit):
+        ablations.post_train([replace(base, out=str(tmp_path), sitting=2)])
+    assert "go on with: the same command\n" in capsys.readouterr().out
+
+
+def test_results_of_other_flags_are_not_overwritten(tmp_path):
+    (tmp_path / "results.json").write_text('{"command": "python -m plumbing.ablations --seeds 5"}')
+    with pytest.raises(ValueError, match="holds the results of .*--seeds 5"):
+        ablations.main(ablations.Flags(out=str(tmp_path)))
 
 
 @pytest.mark.parametrize("share, noisy", [(0.0, 0), (0.5, 2), (0.9, 4), (1.0, 4)])

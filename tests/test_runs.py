@@ -90,6 +90,24 @@ def test_a_finished_run_is_not_overwritten_unless_it_is_asked_for(base, finished
     assert [line["step"] for line in log_of(out, "lr")] == [1, 2, 3]
 
 
+def test_results_without_a_checkpoint_are_not_overwritten(tmp_path):
+    """Those of a part of a run from scratch whose large file was removed; then the part itself can not go on."""
+    os.makedirs(tmp_path / "control")
+    (tmp_path / "control" / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="control holds results, and no checkpoint .*: give another --out"):
+        command(*SMALL, *TINY, "--steps", 2, "--out", tmp_path)
+    assert contents(tmp_path) == {str(tmp_path / "control" / "results.json"): b"{}"}
+
+
+@pytest.mark.parametrize("more", [["--benchmark", 2], ["--dry-run"]])
+def test_results_of_another_command_are_not_overwritten(more, base, tmp_path):
+    theirs = tmp_path / "results.json"
+    theirs.write_text('{"command": "python patching.py"}')
+    with pytest.raises(ValueError, match="holds the results of `python patching.py`: give another --out"):
+        command(*SMALL, "--init", base, *more, "--out", tmp_path)
+    assert theirs.read_text() == '{"command": "python patching.py"}'
+
+
 def test_an_unfinished_run_is_not_overwritten(base, tmp_path):
     stopped(*SMALL, "--init", base, "--steps", 6, "--sitting", 3, "--out", tmp_path)
     before = contents(tmp_path)
@@ -178,6 +196,9 @@ def test_a_finished_run_reports_again(base, tmp_path):
     for out, more in (("sparse", []), ("control", ["--no-sparse"])):
         command(*SMALL, "--init", base, "--steps", 3, *more, "--out", tmp_path / out)
     before = results_of(tmp_path / "sparse")
+    with pytest.raises(ValueError, match="this run is finished; remove its results.json to report again"):
+        command("--resume", tmp_path / "sparse")
+    assert results_of(tmp_path / "sparse") == before
     os.remove(tmp_path / "sparse" / "results.json")
     command("--resume", tmp_path / "sparse", "--control", tmp_path / "control")
     after = results_of(tmp_path / "sparse")
@@ -238,7 +259,9 @@ def start(*argv):
 def wait_for(path, process, pattern):
     deadline = time.time() + 120
     while not (path.exists() and re.search(pattern, path.read_text())):
-        assert process.poll() is None and time.time() < deadline, process.communicate()[1]
+        if process.poll() is not None or time.time() > deadline:
+            process.kill()  # one that lives would be waited for
+            raise AssertionError(process.communicate()[1])
         time.sleep(0.05)
 
 
