@@ -243,7 +243,7 @@ def generate(model, idx, n, temperature=1.0, top_k=None, seed=0, n_tokens=None):
         logits = logits[0, -1, :n_tokens].float().cpu()
         if top_k:
             logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
-        choice = torch.multinomial((logits / temperature).softmax(-1), 1, generator=random)
+        choice = torch.multinomial(((logits - logits.max()) / temperature).softmax(-1), 1, generator=random)
         idx = torch.cat([idx, choice.to(idx.device).view(1, 1)], dim=1)
     return idx, edges
 

@@ -92,6 +92,7 @@ class Flags:
                 (self.bound == "kl" and not self.slack, "--bound kl needs a --slack above 0"),
                 (self.lora and self.init == "scratch", "--lora needs a trained --init"),
                 (self.lora and self.adapter, "--lora begins new adapters: give no --adapter, or --resume a run"),
+                (self.adapter and self.init == "scratch", "--adapter needs the --init that it was trained on"),
                 (self.dry_run and self.init == "scratch", "--dry-run needs an --init: a name, folder or file")):
             if wrong:
                 raise ValueError(message)
@@ -204,7 +205,8 @@ def train(flags, saved=None, bar=None, more=False):
     data = fsdp.first_on_each_machine(lambda: tokens.load_data(flags.data, tokenizer, flags.steps * per_step))
     order = fold_in(flags.seed, flags.init == "scratch").item()  # the base does not begin with the same
     tok = tokens.tokenizer(tokenizer)
-    blocks, held_out = (tokens.Blocks(data[split], context, order, flags.repeat, tasks.usable(tok),
+    alphabet = tasks.usable(tok) if flags.repeat else ()
+    blocks, held_out = (tokens.Blocks(data[split], context, order, flags.repeat, alphabet,
                                       fill=flags.init == "scratch") for split in ("train", "val"))
     fixed = {"val": held_out.evenly(EVAL_SEQUENCES),
              "test": tokens.Blocks(data["test"], context).evenly(EVAL_SEQUENCES)}  # text alone
@@ -212,17 +214,18 @@ def train(flags, saved=None, bar=None, more=False):
 
     # model, and for a bound on the divergence the dense model beside it
     model, teacher = build(flags, config, named, device, half), None
-    if flags.bound == "kl":
+    if flags.bound == "kl" and flags.sparse:
         apart = {name: t.clone() for name, t in named.items()}  # training changes `named` in place
         teacher = build(replace(flags, lora=0), replace(config, sparse=False), apart, device, half)
     measure = partial(evaluate, batch_size=flags.batch_size, amp=amp)
     copies = partial(copying.accuracy, tok=tok, context=context if flags.repeat else 0, amp=amp)
-    right = partial(tasks.accuracies, tok=tok, amp=amp)  # of the tasks of patching.py, along the way
+    right = partial(tasks.accuracies, asked=tasks.asked(tok), amp=amp)  # along the way
     if saved:
         dense, best, trace, reached = (saved[name] for name in ("dense", "best", "trace", "reached"))
     else:
         model.config.sparse = False  # the same weights before they get their gates
-        dense = {split: measure(model, fixed[split])["ce"] for split in fixed} | {"copying": copies(model)}
+        dense = {split: measure(model, fixed[split])["ce"] for split in fixed}
+        dense |= {"copying": copies(model), "accuracy": right(model)}
         model.config.sparse = flags.sparse
         best, trace = None, [{"step": 0} | measure(model, fixed["val"], teacher=teacher) | {"accuracy": right(model)}]
     control = folders.read_control(flags.control, flags, dense["test"]) if flags.control else None
@@ -313,7 +316,8 @@ def train(flags, saved=None, bar=None, more=False):
         save(run.last, best=best, trace=trace)
         run.leave(run.last)
     results = run.costs() | {"tau": tau(flags.steps), "ce_dense": dense["test"], "copying_dense": dense["copying"],
-                             "accuracy": [[point["step"], point["accuracy"]] for point in trace]}
+                             "accuracy_dense": dense.get("accuracy"),  # a run of before has none
+                             "accuracy": [[point["step"], point.get("accuracy")] for point in trace]}
     if control:
         results |= {"ce_dense_control": control["ce"], "copying_dense_control": control["copying"]}
     results |= run.report(model, partial(measure, blocks=fixed["test"], teacher=teacher), copies, best, trace)

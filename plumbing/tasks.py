@@ -53,26 +53,27 @@ def make(name, tok, n, seed=0, corrupt=None, **options):
     return GENERATORS[name](tok, n, random.Random(seed), corrupt, **options)
 
 
-@torch.no_grad()
-def accuracies(model, tok, n=64, amp=contextlib.nullcontext):
-    """{task: share of n clean prompts that the model is right on}, of ioi and greater-than, while it trains.
-
-    A task that tok can not ask is left out; so are both for bytes. amp: as in copying.accuracy.
-    """
-    found = {}
+def asked(tok, n=64):
+    """What a model is asked while it trains: ioi and greater-than where tok can ask them; of bytes nothing."""
+    found = []
     for name in () if tok.name == "bytes" else ("ioi", "greater-than"):
-        try:
-            task = make(name, tok, n)
-        except ValueError:  # names or years are not cut as the task needs
-            continue
-        if task.clean.shape[1] > model.config.block_size:
-            continue
-        right = []
-        for rows in torch.arange(n).split(8):  # all logits of a large vocabulary at once are much
-            with amp():
-                logits = model(task.clean[rows].to(model.wte.weight.device))[0]
-            right += task.correct(logits, rows).tolist()
-        found[name] = sum(right) / n
+        with contextlib.suppress(ValueError):  # names or years are not cut as the task needs
+            found.append(make(name, tok, n))
+    return found
+
+
+@torch.no_grad()
+def accuracies(model, asked, amp=contextlib.nullcontext):
+    """{task: share of the clean prompts that the model is right on}; amp: as in copying.accuracy."""
+    found = {}
+    for task in asked:
+        if task.clean.shape[1] <= model.config.block_size:
+            right = []
+            for rows in torch.arange(len(task.clean)).split(8):  # all logits of a large vocabulary at once are much
+                with amp():
+                    logits = model(task.clean[rows].to(model.wte.weight.device))[0]
+                right += task.correct(logits, rows).tolist()
+            found[task.name] = sum(right) / len(right)
     return found
 
 

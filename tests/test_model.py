@@ -210,6 +210,7 @@ def test_generate_is_reproducible_and_greedy_is_the_argmax():
     for _ in range(3):
         want = torch.cat([want, model(want)[0][:, -1:].argmax(-1)], dim=1)
     assert torch.equal(greedy, want)
+    assert torch.equal(generate(model, idx[:1, :5], 3, temperature=1e-40)[0], want)
     padded, _ = generate(model, idx[:1, :5], 30, temperature=5.0, n_tokens=7)
     assert padded[0, 5:].max() < 7
 

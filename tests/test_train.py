@@ -284,14 +284,29 @@ def test_the_divergence_is_from_the_dense_model_that_it_began_as(more, base, tmp
 
 
 def test_the_accuracy_on_the_tasks_is_measured_before_and_at_every_evaluation(base, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(train.tasks, "accuracies", lambda model, tok, amp: asked.append(model) or {"ioi": len(asked) / 8})
+    seen = []
+    monkeypatch.setattr(train.tasks, "accuracies", lambda model, asked, amp: (
+        seen.append(model.config.sparse), {"ioi": len(seen) / 8})[1])
     for kind in ("--sparse", "--no-sparse"):
-        asked.clear()
+        seen.clear()
         command(*SMALL, "--init", base, "--steps", 20, kind, "--out", tmp_path / kind)
-        assert results_of(tmp_path / kind)["accuracy"] == [[0, {"ioi": 0.125}], [10, {"ioi": 0.25}], [20, {"ioi": 0.375}]]
+        results, sparse = results_of(tmp_path / kind), kind == "--sparse"
+        assert seen == [False, sparse, sparse, sparse] and results["accuracy_dense"] == {"ioi": 0.125}
+        assert results["accuracy"] == [[0, {"ioi": 0.25}], [10, {"ioi": 0.375}], [20, {"ioi": 0.5}]]
         lines = log_of(tmp_path / kind, "val_accuracy")
-        assert [line["val_accuracy"] for line in lines] == [{"ioi": 0.25}, {"ioi": 0.375}]
+        assert [line["val_accuracy"] for line in lines] == [{"ioi": 0.375}, {"ioi": 0.5}]
+
+
+def test_the_dense_control_needs_no_second_model(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "divergence", None)
+    command(*SMALL, "--init", base, "--bound", "kl", "--no-sparse", "--steps", 2, "--out", tmp_path)
+    assert "kl" not in last_of(tmp_path)["trace"][-1]
+
+
+def test_without_repeats_nobody_asks_which_tokens_can_be_copied(base, tmp_path, monkeypatch):
+    """Because it takes the tokenizer, which a machine without a network may not have."""
+    monkeypatch.setattr(train.tasks, "usable", None)
+    command(*SMALL, "--init", base, "--steps", 1, "--out", tmp_path)
 
 
 @pytest.mark.parametrize("tau", [1e-9, 1e9])
@@ -370,6 +385,7 @@ def error_of(argv, capsys, monkeypatch):
         (["--init", "BASE", "--adapter", "nowhere"], "nowhere"),
         (["--init", "BASE", "--seed", str(2**62)], "--seed must be below 2^62"),
         (["--lora", "2"], "--lora needs a trained --init"),
+        (["--adapter", "a.safetensors"], "--adapter needs the --init that it was trained on"),
         (["--dry-run"], "--dry-run needs an --init"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--repeat", "1.5"], "--repeat 1.5: give a share from 0 to 1"),
