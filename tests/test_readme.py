@@ -319,6 +319,23 @@ def test_the_smollm2_run_and_its_adapter_are_what_page_and_card_say():
         assert os.path.exists(os.path.join(folder, link)), link
 
 
+def test_the_smollm2_run_bounded_on_ce_is_the_result_files():
+    r, control = results("smollm2-ce"), results("smollm2-ce/control")
+    page, minutes = " ".join(PAGES["RESULTS.md"].split()), (r["seconds"] + control["seconds"]) / 60
+    assert r["ce_dense_control"] == control["ce"] and r["best_step"] is None
+    assert (f"After {r['tokens']:,} tokens of each, {minutes:.0f} minutes together, the control has a test CE of {control['ce']:.3f}, "
+            f"{r['ce_dense'] - control['ce']:.3f} below the dense model. The sparse model has {r['ce_sparse']:.3f}, "
+            f"{r['ce_sparse'] - control['ce']:.3f} above the control, with {r['open_frac']:.2%} of its edges open") in page
+    found = [json.loads(line) for line in open(os.path.join(ROOT, "results/smollm2-ce/log.jsonl"))]
+    found = {line["step"]: line for line in found if "val_ce" in line}
+    for (step, right), (_, theirs), (_, ce) in [*zip(r["accuracy"], control["accuracy"], control["trace"])][1:]:
+        cells = [f"{x[task]:.0%}" for task in ("ioi", "greater-than") for x in (theirs, right)]
+        row = f"| {step} | {found[step]['val_open']:.1%} | {ce:.3f} | {found[step]['val_ce']:.3f} | {' | '.join(cells)} |"
+        assert row in README, row
+    for name in (r, control):
+        assert name["command"] in " ".join(README.replace("\\\n", " ").split())
+
+
 def test_the_circuit_table_is_the_result_files():
     for task in ("ioi", "greater-than", "addition"):
         r = results(f"circuits/{task}")
