@@ -77,8 +77,7 @@ class Flags:
 
     def __post_init__(self):
         check(self, {
-            "n_layer n_head n_embd dense_steps steps context batch_size accumulate": "at least 1",
-            "eval_every sitting": "at least 1",
+            "n_layer n_head n_embd dense_steps steps context batch_size accumulate eval_every sitting": "at least 1",
             "slack lora benchmark": "not negative",
             "lr tau": "positive",
             "gate_bias": "finite", "seed": "below 2^62",
@@ -316,10 +315,9 @@ def train(flags, saved=None, bar=None, more=False):
         save(run.last, best=best, trace=trace)
         run.leave(run.last)
     results = run.costs() | {"tau": tau(flags.steps), "ce_dense": dense["test"], "copying_dense": dense["copying"],
-                             "accuracy_dense": dense.get("accuracy"),  # a run of before has none
+                             "accuracy_dense": dense.get("accuracy"),  # checkpoints of older versions have none
                              "accuracy": [[point["step"], point.get("accuracy")] for point in trace]}
-    if control:
-        results |= {"ce_dense_control": control["ce"], "copying_dense_control": control["copying"]}
+    results |= {"ce_dense_control": control["ce"], "copying_dense_control": control["copying"]} if control else {}
     results |= run.report(model, partial(measure, blocks=fixed["test"], teacher=teacher), copies, best, trace)
     runs.print_results(results)
     if fsdp.rank() == 0:

@@ -149,11 +149,12 @@ def demos():
 
 
 def test_the_table_of_the_rankings_is_the_result_files():
+    """Correlations only of seeds 0 and 4: those of the others are of unequal prompts, and their models are gone."""
     for seed in range(5):
         circuit = results(f"rankings/seed{seed}")
         dense, sparse = (circuit[name]["rankings"] for name in ("dense", "sparse"))
         cells = [f"{dense[how]['edges_for_0.9']} / {sparse[how]['edges_for_0.9']}"
-                 + f" ({dense[how]['spearman']:.2f}, {sparse[how]['spearman']:.2f})" * (how != "exact")
+                 + f" ({dense[how]['spearman']:.2f}, {sparse[how]['spearman']:.2f})" * (how != "exact" and seed in (0, 4))
                  for how in ("exact", "rerun", "eap-ig", "eap")]
         row = f"| {seed} | " + " | ".join(cells) + " |"
         assert row in README, row
