@@ -218,7 +218,7 @@ def train(flags, saved=None, bar=None, more=False):
         teacher = build(replace(flags, lora=0), replace(config, sparse=False), apart, device, half)
     measure = partial(evaluate, batch_size=flags.batch_size, amp=amp)
     copies = partial(copying.accuracy, tok=tok, context=context if flags.repeat else 0, amp=amp)
-    right = partial(tasks.accuracies, asked=tasks.asked(tok), amp=amp)  # along the way
+    right = partial(tasks.accuracies, asked=tasks.asked(tok), amp=amp)  # on tasks of text, along the way
     if saved:
         dense, best, trace, reached = (saved[name] for name in ("dense", "best", "trace", "reached"))
     else:
