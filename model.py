@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from plumbing import files
-from plumbing.chunked_loss import cross_entropy
+from plumbing.chunked_loss import chunked_loss
 from plumbing.flags import check, run
 from plumbing.tokens import name_for, tokenizer
 from plumbing.weights import check_fields, check_names, read_model, scale_rope, write_model
@@ -163,11 +163,12 @@ class Transformer(nn.Module):
             std = self.config.init_std / math.sqrt(2 * self.config.n_layer)
             nn.init.normal_(module.c_proj.weight, std=std)
 
-    def forward(self, idx, targets=None, seed=None, tap=None, logits=True):
+    def forward(self, idx, targets=None, seed=None, tap=None, logits=True, dense=None):
         """idx (B, T) int64 -> logits (B, T, vocab_size), or None if they are not wanted, loss, edges.
 
-        targets (B, T) int64, -1 is ignored: loss is the mean cross-entropy in nats, else None. seed
-        as in gated_attention; each layer draws its own noise. edges is an Edges, or None if dense.
+        targets (B, T) int64, -1 is ignored: loss is the mean cross-entropy in nats, else None; with a
+        dense model's logits the pair (cross-entropy without gradient, KL(dense, this model)). seed as
+        in gated_attention; each layer draws its own noise. edges is an Edges, or None if dense.
         tap(name, tensor) -> tensor sees, and may replace, what flows at: embed; h{l}.attn.in, .q,
         .k, .v, .z (B, T, heads, head_size), .out; h{l}.mlp.in, .out; final (before the last norm).
         q and k come by before RoPE turns them (patching.attend shows how to go on).
@@ -191,7 +192,7 @@ class Transformer(nn.Module):
                 x, edges_l = block(*inputs)
             edges.append(edges_l)
         x = self.ln_f((tap or untapped)("final", x))
-        loss = None if targets is None else cross_entropy(x, self.lm_head.weight, targets)
+        loss = None if targets is None else chunked_loss(x, self.lm_head.weight, targets, dense)
         edges = Edges(*(torch.stack(share) for share in zip(*edges))) if config.sparse else None
         return self.lm_head(x) if logits else None, loss, edges
 

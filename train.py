@@ -24,7 +24,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from geco import GECO
 from model import Config, Transformer
@@ -147,12 +146,15 @@ def learning_rate(step, flags):
     return flags.lr * min(1, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * done))
 
 
-def divergence(teacher, logits, idx):
-    """KL(dense model, this model), nats a token, of logits (B, T, vocab_size) for idx (B, T)."""
+def losses(model, teacher, idx, targets, seed=None):
+    """CE, the loss that is bounded (CE again, or KL(teacher, model)), both nats a token, and the edges."""
+    if teacher is None:
+        _, ce, edges = model(idx, targets, seed=seed, logits=False)
+        return ce, ce, edges
     with torch.no_grad():
-        dense = teacher(idx)[0].float().log_softmax(-1).flatten(0, 1)
-    ours = logits.float().log_softmax(-1).flatten(0, 1)
-    return F.kl_div(ours, dense, reduction="batchmean", log_target=True)
+        dense, *_ = teacher(idx)
+    _, (ce, kl), edges = model(idx, targets, seed=seed, logits=False, dense=dense)
+    return ce, kl, edges
 
 
 @torch.no_grad()
@@ -170,8 +172,7 @@ def evaluate(model, blocks, batch_size, amp, teacher=None, sampled=False):
         idx, targets = (x[rows].to(device) for x in blocks)
         with amp():
             seeds = fold_in(-1, rows) if sampled else None
-            logits, ce, edges = model(idx, targets, seed=seeds, logits=teacher is not None)
-            kl = divergence(teacher, logits, idx) if teacher else ce
+            ce, kl, edges = losses(model, teacher, idx, targets, seeds)
         found = [share * kl] + ([] if edges is None else (share * edges.open).flatten().tolist())
         totals = totals + torch.tensor([part * ce, *found], dtype=torch.float64)
     ce, kl, *heads = fsdp.total(totals)
@@ -251,7 +252,6 @@ def train(flags, saved=None, bar=None, more=False):
         run.begin(tokenizer)
         save(0, best=best, trace=trace)
     run.announce(model, dense["val"], tau(flags.steps))
-    forward = partial(model, logits=teacher is not None)  # they cost memory, and only a divergence needs them
     size = flags.batch_size // fsdp.world()  # sequences of this rank at a time
 
     for step in run.steps():
@@ -267,8 +267,7 @@ def train(flags, saved=None, bar=None, more=False):
 
             # minimise the expected share of open edges, subject to a bound on the loss
             with amp():
-                logits, ce, edges = forward(idx, targets, seed=seeds)
-                constraint = divergence(teacher, logits, idx) if teacher else ce
+                ce, constraint, edges = losses(model, teacher, idx, targets, seeds)
             loss = geco.loss(edges.prob.mean(), constraint) if flags.sparse else ce
             (loss / flags.accumulate).backward()
             ce_mean += ce.item() / flags.accumulate
@@ -288,8 +287,7 @@ def train(flags, saved=None, bar=None, more=False):
             rows = torch.arange(first, first + size) % len(fixed["val"][0])  # those that tau is from, in turn
             idx, targets = (x[rows].to(device) for x in fixed["val"])
             with torch.no_grad(), amp():
-                logits, ce, _ = forward(idx, targets)  # deterministic gates, as they will be used
-                constraint = divergence(teacher, logits, idx) if teacher else ce
+                _, constraint, _ = losses(model, teacher, idx, targets)  # deterministic gates, as they will be used
             constraint = fsdp.mean([constraint])[0]  # so that lambda is the same on every rank
             run.require_finite(step + 1, held_out_loss=constraint)
             geco.update(constraint)

@@ -1,4 +1,4 @@
-"""The chunked cross-entropy: the same loss and gradients, without batch x T x vocabulary in memory."""
+"""The chunked losses: the same numbers and gradients as torch's, without batch x T x vocabulary in memory."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from plumbing import chunked_loss
-from plumbing.chunked_loss import cross_entropy
+from plumbing.chunked_loss import chunked_loss as loss_of
 
 V, C = 41, 8
 
@@ -33,16 +33,40 @@ def plain(x, weight, targets):
 def test_loss_and_gradients_are_those_of_torch(chunk, ignored, monkeypatch):
     monkeypatch.setattr(chunked_loss, "CHUNK", chunk)
     x, weight, targets = case(ignored=ignored)
-    found, want = cross_entropy(x, weight, targets), plain(x, weight, targets)
+    found, want = loss_of(x, weight, targets), plain(x, weight, targets)
     torch.testing.assert_close(found, want, rtol=1e-12, atol=0)
     gradients = [torch.autograd.grad(3 * loss, (x, weight)) for loss in (found, want)]
     for one, two in zip(*gradients):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("chunk", [4, 512])
+@pytest.mark.parametrize("ignored", [[], [0, 5, 6, 20]])
+def test_with_dense_logits_the_gradient_is_that_of_the_divergence(chunk, ignored, monkeypatch):
+    """Of all tokens, with a target or without; the cross-entropy has none."""
+    monkeypatch.setattr(chunked_loss, "CHUNK", chunk)
+    x, weight, targets = case(ignored=ignored)
+    dense = 3 * torch.randn(3, 7, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ce, kl = loss_of(x, weight, targets, dense)
+    torch.testing.assert_close(ce, plain(x, weight, targets), rtol=1e-12, atol=0)
+    assert not ce.requires_grad
+    t, p = (logits.log_softmax(-1).flatten(0, 1) for logits in (dense, x @ weight.mT))
+    want = F.kl_div(p, t, reduction="batchmean", log_target=True)
+    torch.testing.assert_close(kl, want, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(3 * loss, (x, weight)) for loss in (kl, want)]
+    for one, two in zip(*gradients):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-14)
+
+
+def test_the_divergence_of_a_model_from_itself_is_nothing():
+    x, weight, targets = case(torch.float32)
+    _, kl = loss_of(x, weight, targets, (x @ weight.mT).detach())
+    assert abs(kl) < 1e-7 and all(g.abs().max() < 1e-7 for g in torch.autograd.grad(kl, (x, weight)))
+
+
 def test_without_a_target_the_loss_is_nan_and_the_gradient_zero():
     x, weight, targets = case(ignored=range(21))
-    for loss in (cross_entropy, plain):
+    for loss in (loss_of, plain):
         found = loss(x, weight, targets)
         assert found.isnan() and not any(g.any() for g in torch.autograd.grad(found, (x, weight)))
 
@@ -50,10 +74,11 @@ def test_without_a_target_the_loss_is_nan_and_the_gradient_zero():
 def test_only_the_gradients_that_are_asked_for():
     x, weight, targets = case()
     weight.requires_grad_(False)  # a frozen head
-    found, want = (torch.autograd.grad(loss(x, weight, targets), x)[0] for loss in (cross_entropy, plain))
+    found, want = (torch.autograd.grad(loss(x, weight, targets), x)[0] for loss in (loss_of, plain))
     torch.testing.assert_close(found, want)
     with torch.no_grad():
-        assert not cross_entropy(x, weight, targets).requires_grad
+        assert not loss_of(x, weight, targets).requires_grad
+        assert not any(loss.requires_grad for loss in loss_of(x, weight, targets, x @ weight.mT))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -64,7 +89,7 @@ def test_autocast_multiplies_in_bfloat16_and_the_rest_is_float32(frozen):
     head = weight.detach().to(torch.bfloat16) if frozen else weight
     wanted = (x,) if frozen else (x, weight)
     with torch.autocast("cpu", torch.bfloat16):
-        found, theirs = cross_entropy(x, head, targets), plain(x, weight, targets.clone())
+        found, theirs = loss_of(x, head, targets), plain(x, weight, targets.clone())
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, theirs.float(), rtol=1e-3, atol=0)
     for g, want in zip(torch.autograd.grad(found, wanted), exact):
@@ -87,23 +112,27 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_holds_all_tokens_and_the_vocabulary(monkeypatch):
     monkeypatch.setattr(chunked_loss, "CHUNK", 4)
     x, weight, targets = case(torch.float32)
-    for loss, most in ((cross_entropy, V * max(4, C)), (plain, 21 * V)):
+    for loss, most in ((loss_of, V * max(4, C)), (plain, 21 * V)):
         with Largest() as largest:
             loss(x, weight, targets).backward()
         assert largest.numel == most
+    dense = (x @ weight.mT).to(torch.bfloat16)  # which is as large, but not in float32
+    with Largest() as largest:
+        loss_of(x, weight, targets, dense)[1].backward()
+    assert largest.numel == V * max(4, C)
 
 
 PEAK = """
 import sys, torch
-from plumbing.chunked_loss import CHUNK, cross_entropy
+from plumbing.chunked_loss import CHUNK, chunked_loss
 from plumbing.runs import peak_memory
 torch.set_num_threads(1)
 T, V, C = 8 * CHUNK, 8192, 16
 x, targets = torch.randn(1, T, C, requires_grad=True), torch.randint(V, (1, T))
 weight = torch.randn(V, C, requires_grad=True)
-cross_entropy(x[:, :8], weight, targets[:, :8]).backward()
+chunked_loss(x[:, :8], weight, targets[:, :8]).backward()
 before = peak_memory()
-cross_entropy(x, weight, targets).backward()
+chunked_loss(x, weight, targets).backward()
 print((peak_memory() - before) * 2**30 / (4 * T * V))
 """
 
