@@ -86,12 +86,14 @@ def memory(model, flags, world, half, context, per_sequence):
     batch = max(1, flags.batch_size // world)
     loss = loss_bytes(config, batch * context, half, head_trains=trained == n)
     loss -= 4 * config.vocab_size * config.n_embd * (trained == n)  # the gradient is in "gathered" already
+    beside = flags.bound == "kl" and flags.sparse  # the dense model, with its logits
+    loss += batch * context * config.vocab_size * width * beside
     return {
-        "weights": 4 * n // world,
+        "weights": 4 * n * (1 + beside) // world,
         "gradients": 4 * trained // world,
         "optimizer": 8 * trained // world,
         # the root, one block and the next; the gradients of the root and of one block
-        "gathered": 4 * root + width * 2 * block + (4 * root + width * block if trained == n else 0),
+        "gathered": 4 * root * (1 + beside) + width * 2 * block + (4 * root + width * block if trained == n else 0),
         "activations": batch * per_sequence[0] + loss,
         "activations_recompute": batch * per_sequence[1] + loss,
         "batch": batch, "parameters": n, "trained": trained}

@@ -71,7 +71,7 @@ def test_the_command_prints_the_plan(tmp_path, monkeypatch, capsys):
     Transformer(Config(**LLAMA | dict(sparse=False))).save_pretrained("model")
     n = sum(p.numel() for p in meta_model(Config(**LLAMA)).parameters())
     found = []
-    for more in (["--dtype", "float32"], [], ["--lora", "2"], ["--no-sparse"]):
+    for more in (["--dtype", "float32"], [], ["--lora", "2"], ["--no-sparse"], ["--bound", "kl"]):
         train.main(flags.parse(train.Flags, ["--fsdp", "--dry-run", "--init", "model", "--context",
                                              "64",
                                              "--batch-size", "16", *more]))
@@ -80,10 +80,12 @@ def test_the_command_prints_the_plan(tmp_path, monkeypatch, capsys):
         assert os.listdir(out) == ["results.json"]
         with open(out + "/results.json") as f:
             found.append(json.load(f)["bytes_per_rank"])
-    wide, rows, adapters, dense = found
+    wide, rows, adapters, dense, beside = found
     assert rows["1"]["weights"] == 4 * n and rows["4"]["optimizer"] == 2 * n
     assert rows["8"]["batch"] == 2
     assert 8 * rows["8"]["activations"] > rows["1"]["activations"] > rows["8"]["activations"]
     assert rows["1"]["activations"] < wide["1"]["activations"] and rows["1"]["gathered"] < wide["1"]["gathered"]
     assert adapters["1"]["optimizer"] < rows["1"]["optimizer"] / 10
     assert dense["1"]["activations"] < rows["1"]["activations"]
+    assert beside["1"]["weights"] == 2 * rows["1"]["weights"] and beside["1"]["optimizer"] == rows["1"]["optimizer"]
+    assert beside["8"]["activations"] - rows["8"]["activations"] == 2 * 64 * 1000 * 2  # the dense logits, bfloat16
