@@ -131,7 +131,7 @@ def build(flags, config, named, device, half):
     with torch.device("meta"):  # shapes without memory
         model = Transformer(config)
     if flags.lora:
-        named = named | lora.add(model, named, flags.lora, flags.seed)
+        named = named | lora.add(model, flags.lora, flags.seed)
     model.recompute = flags.recompute
     if flags.fsdp:
         return fsdp.shard(model, named, device, half)

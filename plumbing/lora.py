@@ -13,8 +13,7 @@ import torch.nn.functional as F
 
 from plumbing.files import read_metadata, read_safetensors, write_safetensors
 
-# the matrices of a block, and the norm whose output they read
-MATRICES = {"attn.c_attn": "ln_1", "attn.c_proj": None, "mlp.c_fc": "ln_2", "mlp.c_gate": "ln_2", "mlp.c_proj": None}
+MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_gate", "mlp.c_proj")  # of every block
 
 
 class Adapted(nn.Module):
@@ -31,30 +30,22 @@ class Adapted(nn.Module):
         return F.linear(x, self.weight, self.bias).add_(F.linear(F.linear(x, self.lora_a), self.lora_b))
 
 
-def add(model, weights, rank, seed=0):
+def add(model, rank, seed=0):
     """Freeze the model, give every matrix of its blocks an adapter and return their first weights.
 
     {name: tensor}, float32 on the CPU, with B = 0: the model computes what it did. The adapters hold no
-    values, and may be on the meta device, until these are loaded. weights: the model's, {name: tensor}.
-    Where the norm in front of a matrix makes its input small, A is as much larger, because A x is what B
-    learns from: SmolLM2's first norm scales by 0.04, the others by 0.2 to 0.4.
+    values, and may be on the meta device, until these are loaded.
     """
     model.requires_grad_(False)
-    sizes = {name: t.float().square().mean().sqrt() for name, t in weights.items()
-             if name.endswith(("ln_1.weight", "ln_2.weight"))}
-    typical = sum(sizes.values()) / len(sizes)
     random, first = torch.Generator().manual_seed(seed), {}
-    for l, block in enumerate(model.h):
-        for path, norm in MATRICES.items():
-            part, child = path.split(".")
-            parent = block.get_submodule(part)
-            if linear := getattr(parent, child):  # GPT-2's MLP has no c_gate
-                adapted = Adapted(linear, rank)
-                setattr(parent, child, adapted)
-                a, b = adapted.lora_a.shape, adapted.lora_b.shape
-                larger = typical / sizes[f"h.{l}.{norm}.weight"] if norm else 1.0
-                first[f"h.{l}.{path}.lora_a"] = torch.randn(a, generator=random) / math.sqrt(a[1]) * larger
-                first[f"h.{l}.{path}.lora_b"] = torch.zeros(b)
+    for name, linear in list(model.named_modules()):
+        if name.endswith(MATRICES):
+            parent, child = name.rsplit(".", 1)
+            adapted = Adapted(linear, rank)
+            setattr(model.get_submodule(parent), child, adapted)
+            a, b = adapted.lora_a.shape, adapted.lora_b.shape
+            first[name + ".lora_a"] = torch.randn(a, generator=random) / math.sqrt(a[1])
+            first[name + ".lora_b"] = torch.zeros(b)
     return first
 
 
@@ -71,7 +62,7 @@ def halve(model):
 
 def count(model, rank):
     """How many numbers `add` would train."""
-    shapes = [m.weight.shape for name, m in model.named_modules() if name.endswith(tuple(MATRICES))]
+    shapes = [m.weight.shape for name, m in model.named_modules() if name.endswith(MATRICES)]
     return sum(rank * (n_out + n_in) for n_out, n_in in shapes)
 
 

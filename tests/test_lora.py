@@ -27,7 +27,7 @@ def adapted(folder, sparse=True):
     """The base in `folder` with adapters, as train.py builds it, and the first adapter weights."""
     fields, weights = read_model(str(folder))
     model = Transformer(Config(**fields | {"sparse": sparse, "gate_bias": 0.5}))
-    first = lora.add(model, weights, 3)
+    first = lora.add(model, 3)
     return model.load_weights(weights | first), weights, first
 
 
@@ -40,19 +40,6 @@ def test_adapters_change_nothing_at_first_and_alone_are_trained(tmp_path):
     assert trained == first.keys() and len(trained) == 2 * 2 * 5
     model(idx, targets=idx)[1].backward()
     assert all((p.grad is not None) == (name in first) for name, p in model.named_parameters())
-
-
-def test_an_adapter_sees_as_much_where_a_norm_makes_its_input_small(tmp_path):
-    """Else the first layer of SmolLM2, whose norm scales by 0.04, would not learn."""
-    base(tmp_path)
-    fields, weights = read_model(str(tmp_path))
-    weights["h.0.ln_1.weight"] *= 0.04  # the others are 1
-    first = lora.add(Transformer(Config(**fields)), weights, 16)
-    seen = {name: (t * weights.get(name[:4] + norm, torch.ones(1))).square().sum(1).mean().item()
-            for path, norm in lora.MATRICES.items() for name, t in first.items()
-            if norm and name.endswith(path + ".lora_a") for norm in [norm + ".weight"]}
-    assert len(seen) == 6 and all(0.4 < x < 0.8 for x in seen.values()), seen  # the mean size of four norms: 0.76
-    assert all(0.8 < first[name].square().sum(1).mean() < 1.2 for name in first if name.endswith("c_proj.lora_a"))
 
 
 def test_frozen_matrices_in_bfloat16_are_what_autocast_computes_with(tmp_path):
