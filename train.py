@@ -52,7 +52,7 @@ class Flags:
     repeat: float | None = None  # share of sequences with pieces to copy; default .5 from scratch, else 0
     # the method
     sparse: bool = True  # gates and penalty; --no-sparse is the dense control
-    gate_bias: float | None = None  # b: open with sigmoid(s + b); default 2, or the init's own
+    gate_bias: float | None = None  # b: open with sigmoid(s + b); default -8 from scratch, else the init's own or 2
     bound: str = "ce"  # what is bounded: ce, or kl, the divergence KL(dense model, sparse model)
     slack: float = 0.025  # tau = CE of the control, else of the dense model, + slack; for kl slack; nats
     tau: float | None = None  # the bound itself, instead of --slack
@@ -121,7 +121,7 @@ def starting_point(flags):
     if config.sparse and flags.sparse and (flags.tau is None or flags.bound == "kl"):
         raise ValueError(f"{flags.init} is sparse already, and the loss of its weights without gates means "
                          "nothing: give the bound itself, --tau, of --bound ce")
-    own = config.gate_bias if config.sparse else 2.0  # at 2 most gates begin open
+    own = config.gate_bias if config.sparse else 2.0  # most gates begin open, so the model is nearly as it was
     bias = (own if flags.gate_bias is None else flags.gate_bias) if flags.sparse else 0.0
     return replace(config, sparse=flags.sparse, gate_bias=bias), named
 
@@ -331,7 +331,8 @@ def phases(flags):
     """The runs that a model from scratch takes: dense base, dense control, and what was asked for."""
     dense = replace(flags, sparse=False, gate_bias=None, bound="ce", slack=Flags.slack, tau=None, control=None)
     base = replace(dense, steps=flags.dense_steps, lr=DENSE_LR, out=f"{flags.out}/dense")
-    last = replace(flags, init=f"{base.out}/last.pt")
+    bias = -8.0 if flags.gate_bias is None else flags.gate_bias  # few gates begin open; the high lr opens what it needs
+    last = replace(flags, init=f"{base.out}/last.pt", gate_bias=bias)
     if not flags.sparse or flags.control:
         return [base, last]
     control = replace(dense, init=last.init, out=f"{flags.out}/control")

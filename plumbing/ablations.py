@@ -113,7 +113,7 @@ def main(flags):
     for seed in range(flags.seeds):
         folder = open_folder(os.path.join(flags.out, f"seed{seed}"))
         small = train.Flags(n_layer=2, n_head=4, n_embd=64, context=64, batch_size=16, seed=seed, out=folder,
-                            steps=flags.steps, dense_steps=flags.dense_steps, slack=0.03)
+                            steps=flags.steps, dense_steps=flags.dense_steps, slack=0.03, gate_bias=2.0)
         base, control, as_it_is = train.phases(small)
         ce = post_train([base, control])["ce"]
         for name, (changes, patch) in VARIANTS.items():

@@ -75,7 +75,7 @@ def float64():
 def test_with_no_init_it_trains_a_base_and_then_shuts_edges(tmp_path, capsys):
     command(*SMALL, "--eval-every", 60, "--n-layer", 2, "--n-head", 2, "--n-embd", 32,
             "--dense-steps", 60,
-            "--steps", 60, "--lr", "5e-3", "--slack", 0.5, "--out", tmp_path, draw=True)
+            "--steps", 60, "--lr", "5e-3", "--slack", 0.5, "--gate-bias", 2, "--out", tmp_path, draw=True)
     printed = capsys.readouterr().out
     assert "ln(257) = 5.5491" in printed and "tau = " in printed and "open edges" in printed
     results = results_of(tmp_path)
@@ -101,6 +101,14 @@ def test_with_no_init_it_trains_a_base_and_then_shuts_edges(tmp_path, capsys):
     assert last.config.sparse and last.config.gate_bias == 2.0
     dense = Transformer.from_pretrained(str(tmp_path / "dense"))
     assert not dense.config.sparse
+
+
+def test_few_gates_begin_open_from_scratch_and_most_in_a_trained_model(tmp_path, base):
+    """The bias of a sparse init, and one that is asked for, stay as they are."""
+    bias = lambda **given: train.starting_point(train.Flags(**given))[0].gate_bias
+    last = lambda **given: train.phases(train.Flags(out=str(tmp_path), **given))[-1].gate_bias
+    assert last() == -8 and last(gate_bias=0.0) == 0 and train.Flags(init=base).gate_bias is None
+    assert bias(init=base) == 2 and bias(init=base, gate_bias=-1.0) == -1 and bias(init=base, sparse=False) == 0
 
 
 def test_base_and_sparse_phase_do_not_see_the_same_first_batches(tmp_path, monkeypatch):
