@@ -54,7 +54,7 @@ class Flags:
     sparse: bool = True  # gates and penalty; --no-sparse is the dense control
     gate_bias: float | None = None  # b: open with sigmoid(s + b); default -8 from scratch, else the init's own or 2
     bound: str = "ce"  # what is bounded: ce, or kl, the divergence KL(dense model, sparse model)
-    slack: float = 0.025  # tau = CE of the control, else of the dense model, + slack; for kl slack; nats
+    slack: float = 0.02  # tau = CE of the control, else of the dense model, + slack; for kl slack; nats
     tau: float | None = None  # the bound itself, instead of --slack
     lora: int = 0  # rank of adapters on the blocks' matrices, all else frozen; 0: train everything
     # the steps
