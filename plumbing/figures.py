@@ -12,6 +12,14 @@ from matplotlib.ticker import LogFormatter
 from plumbing.flags import save_figure
 from plumbing.tasks import Digits
 
+
+class PlainLog(LogFormatter):
+    """Labels of a logarithmic axis as 0.6, not 6e-01; matplotlib chooses which."""
+
+    def __call__(self, x, pos=None):
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 COLORS = {"dense": "#0072B2", "control": "#009E73", "sparse": "#D55E00"}  # told apart by colour-blind readers too
 
 # -----------------------------------------------------------------------------
@@ -259,7 +267,7 @@ def draw_training(folder, trace, best, tau, ce_dense, control, context):
             axis.plot(100 * best["open"], best[name], "*", markersize=14, color="tab:orange", label="best state")
         axis.set(xscale="log", xlabel=f"open attention edges (%), context {context}",
                  ylabel=f"held-out {LOSSES[name]} (nats a token)")
-        axis.xaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
+        axis.xaxis.set(major_formatter=PlainLog(), minor_formatter=PlainLog())
         axis.invert_xaxis()
         axis.legend(fontsize=9)
     save_figure(figure, f"{folder}/ce_open.png")
@@ -289,7 +297,7 @@ def draw_training(folder, trace, best, tau, ce_dense, control, context):
     multiplier.plot(steps[1:], [p["lambda"] for p in trace[1:]])
     multiplier.set(xlabel="step", ylabel="multiplier $\\lambda$", yscale="log")
     for axis in (edges, multiplier):
-        axis.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
+        axis.yaxis.set(major_formatter=PlainLog(), minor_formatter=PlainLog())
     save_figure(figure, f"{folder}/lambda.png")
 
 
@@ -379,7 +387,7 @@ def draw_cost(table, impls, path):
         axis.set(xscale="log", yscale="log", xlabel="tokens T, 1 sequence of 12 heads x 64", ylabel=label)
         axis.set_xticks(sorted({row["T"] for row in table}))
         axis.xaxis.set(major_formatter="{x:g}", minor_formatter="")
-        axis.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
+        axis.yaxis.set(major_formatter=PlainLog(), minor_formatter=PlainLog())
         axis.grid(alpha=0.3)
     figure.axes[0].legend()
     save_figure(figure, path)

@@ -103,6 +103,24 @@ def test_with_no_init_it_trains_a_base_and_then_shuts_edges(tmp_path, capsys):
     assert not dense.config.sparse
 
 
+def test_the_axis_of_open_edges_has_plain_numbers(tmp_path, monkeypatch):
+    """0.6, not 6e-01: a percentage to read."""
+    labels = {}
+
+    def keep(figure, path):
+        figure.canvas.draw()
+        axes = [axis for both in figure.axes for axis in (both.xaxis, both.yaxis)]
+        labels[os.path.basename(path)] = [t.get_text() for axis in axes for minor in (False, True)
+                                          for t in axis.get_ticklabels(minor=minor)]
+
+    monkeypatch.setattr(figures, "save_figure", keep)
+    trace = [{"step": n, "ce": 2.0 - n, "open": share, "lambda": 0.05 * (n + 1), "heads": [[share]]}
+             for n, share in enumerate((0.007, 0.004))]
+    figures.draw_training(str(tmp_path), trace, None, 1.2, 2.0, None, 32)
+    for name in ("ce_open.png", "lambda.png"):
+        assert {"0.4", "0.6"} <= set(labels[name]) and not any("e" in text for text in labels[name]), labels[name]
+
+
 def test_few_gates_begin_open_from_scratch_and_most_in_a_trained_model(tmp_path, base):
     """The bias of a sparse init, and one that is asked for, stay as they are."""
     bias = lambda **given: train.starting_point(train.Flags(**given))[0].gate_bias
