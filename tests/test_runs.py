@@ -410,8 +410,8 @@ def test_the_control_of_a_run_from_scratch(tmp_path):
     assert sparse["ce_dense_control"] == control[0]["ce"] == control[1]["ce"] == control[2]["ce"]
     assert sparse["ce_dense"] == control[0]["ce_dense"] != control[0]["ce"]
     command(*flags, *TINY, "--control", tmp_path / "c1", "--out", tmp_path / "again")
-    command(*flags, "--init", bases, "--lr", "2e-3", "--repeat", 0.5, "--control", tmp_path / "c0", "--out",
-            tmp_path / "from_base")
+    command(*flags, "--init", bases, "--lr", "2e-3", "--repeat", 0.5, "--gate-bias", -8, "--control", tmp_path / "c0",
+            "--out", tmp_path / "from_base")
     for out in ("again", "from_base"):
         assert results_of(tmp_path / out)["ce_sparse"] == sparse["ce_sparse"]
 
