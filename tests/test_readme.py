@@ -247,6 +247,7 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
     control = range_of([c["ratio_control"]["edges_for_0.9"] for c in circuits])
     missed = sum(r["best_step"] is None for r, _ in demos())
     english, smollm2, large = results("english/sparse"), results("smollm2"), results("copying-large")
+    induction = results("copying-large/induction")
     assert f"All three take {minutes} minutes on two CPU cores" in " ".join(PAGES["RESULTS.md"].split())
     for text in (
             f"{min(edges):.2f} to {max(edges):.2f} of 242 edges stay open, and {exact:.2%} of all 10,000 problems or more",
@@ -268,6 +269,8 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
             f"SmolLM2-135M {smollm2['open_frac']:.2%} at KL(dense, sparse) {smollm2['kl_sparse']:.3f} nats, "
             f"CE {smollm2['ce_sparse'] - smollm2['ce_dense']:.3f} above the dense model",
             f"| copying model {each}, {averaged}; by effect {by_effect} |",
+            f"the larger one's is {induction['ratio']['edges_for_0.9']:.1f} times smaller, with "
+            f"{induction['sparse']['heads_in_circuit']} heads for the dense one's {induction['dense']['heads_in_circuit']}",
             f"the small ones' are {by_effect} times smaller, beside the control {control}.",
             f"{('no', 'one', 'two', 'three', 'four')[missed]} of five small ones miss their bound",
             f"| 8 layers of 8 heads {ratios('copying-large/induction')} |", f"| SmolLM2 {ratios('circuits/ioi')} |",
