@@ -191,6 +191,11 @@ def test_the_larger_model_is_the_result_files():
     r, page = results("copying-large"), " ".join(README.split())
     above = r["ce_sparse"] - r["ce_dense_control"]
     assert f"{r['open_frac']:.2%} of its edges stay open, {above:.3f} above its control" in page
+    each = [results(f"copying-large{part}")["seconds"] / 60 for part in ("/dense", "/control", "")]
+    assert f"{sum(each):.0f} minutes on two CPU cores, {each[2]:.0f} of them post-training" in page
+    assert r["best_step"] and "within its bound" in page
+    right = {name: results("copying-large/bracket")[name]["accuracy"] for name in ("dense", "sparse")}
+    assert f"{right['sparse']:.0%} of its answers are right, {right['dense']:.0%} of the dense" in page
     for task in ("induction", "bracket"):
         c = results(f"copying-large/{task}")
         cells = [f"{c['dense'][key]:,} / {c['sparse'][key]:,} = {c['ratio'][key]:.1f}" for key in (
