@@ -197,7 +197,7 @@ def train(flags, saved=None, bar=None, more=False):
     half = flags.dtype == "bfloat16" or (flags.dtype == "auto" and device == "cuda")
     amp = partial(torch.autocast, device, dtype=torch.bfloat16, enabled=half)
 
-    # data: three splits, of which the test text is for the report alone
+    # data: training text, with copies if --repeat says so; held-out text; test text, for the report alone
     config, named = starting_point(flags)  # named: {name: tensor}
     context = flags.context or min(1024, config.block_size)
     tokenizer = tokens.name_for(config.vocab_size, flags.tokenizer, flags.init)

@@ -14,7 +14,7 @@
 #   was A". That is the `B` of the first time, and this head copies it.
 #
 # The models are small byte models, 4 layers of 4 heads, trained by `python train.py --n-head 4
-# --dense-steps 3000 --slack 0.03 --gate-bias 2`: `dense`, and `sparse` with few open gates. (The
+# --dense-steps 3000 --steps 3000 --gate-bias 2`: `dense`, and `sparse` with few open gates. (The
 # README's model has 8 heads a layer, so its heads have other numbers.) The prompts: 16 random characters, then the same
 # 16 again, so the *period* is 16.
 #

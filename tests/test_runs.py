@@ -299,12 +299,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(base, tmp_path, monkeypatch):
 
 
 def test_resume_keeps_the_flags_of_the_run(base, tmp_path):
-    """Also a flag whose value is the default: --steps 3000 on a run of 6 steps."""
+    """Also a flag whose value is the default: --steps 2600 on a run of 6 steps."""
     stopped(*SMALL, "--init", base, "--steps", 6, "--sitting", 3, "--out", tmp_path)
     before = contents(tmp_path)
-    for argv, message in ((["--steps", 3000], "--steps 3000: the run in .* has 6"),
+    for argv, message in ((["--steps", 2600], "--steps 2600: the run in .* has 6"),
                           (["--lr", 0.5], "--lr 0.5: the run in .* has 0.0001"),
-                          (["--seed", 0, "--slack", 0.03], "--slack 0.03: the run in .* has 0.02"),
+                          (["--seed", 0, "--slack", 0.02], "--slack 0.02: the run in .* has 0.03"),
                           (["--no-sparse"], "--sparse False: the run in .* has True"),
                           (["--benchmark", 3], "--benchmark 3: the run in .* has 0")):
         with pytest.raises(ValueError, match=message):

@@ -289,6 +289,15 @@ def test_the_multiplier_sees_on_held_out_text_what_the_loss_weighs(bound, base, 
     assert len({line["held_out"] for line in lines}) == 3
 
 
+def test_the_bound_is_on_text_without_copies(base, tmp_path):
+    """Whatever --repeat puts into the training text; at copies a sparse model makes up for what text loses."""
+    command(*SMALL, "--init", base, "--steps", 1, "--repeat", 1, "--out", tmp_path)
+    idx, targets = tokens.Blocks(tokens.load_data("python-docs", "bytes")["val"], 32).evenly(8)
+    with torch.no_grad():
+        ce = Transformer.from_pretrained(base)(idx, targets)[1].item()
+    assert last_of(tmp_path)["dense"]["val"] == pytest.approx(ce, rel=1e-5)
+
+
 @pytest.mark.parametrize("more", [[], ["--lora", 2]])
 def test_the_divergence_is_from_the_dense_model_that_it_began_as(more, base, tmp_path):
     """Without its adapters, and not trained: nearly 0 with gates wide open, and then a real divergence."""
