@@ -174,9 +174,10 @@ def test_the_table_of_the_demo_s_exact_ranking_is_the_result_files():
         assert row in README, row
         best.append({name: min(r[name]["edges_for_0.9"] for r in (circuit, exact)) for name in ("dense", "control", "sparse")})
     ratios = [[e[name] / e["sparse"] for e in best] for name in ("dense", "control")]
-    says = "{:.1f} to {:.1f}, beside the control {:.1f} to {:.1f}: the goal of 2 stays missed on".format(
-        *(f(x) for x in ratios for f in (min, max)))
-    assert says in " ".join(README.split()) and sum(x < 2 for x in ratios[0]) == 2
+    says = ("{:.1f} to {:.1f}, beside the control {:.2f} to {:.2f}: the goal of 2 is met on every seed, beside the control "
+            "on all but seed 1").format(*(f(x) for x in ratios for f in (min, max)))
+    assert says in " ".join(README.split()) and min(ratios[0]) >= 2
+    assert [n for n, x in enumerate(ratios[1]) if x < 2] == [1]
 
 
 def test_the_table_of_ablations_is_the_result_file():
@@ -253,7 +254,10 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
     missed = sum(r["best_step"] is None for r, _ in demos())
     english, smollm2, large = results("english/sparse"), results("smollm2"), results("copying-large")
     induction = results("copying-large/induction")
-    assert f"All three take {minutes} minutes on two CPU cores" in " ".join(PAGES["RESULTS.md"].split())
+    took = [sum(results(f"{folder}{part}")["seconds"] for part in ("/dense", "/control", "")) / 60
+            for folder in ("demo", *(f"demo/seed{n}" for n in range(1, 5)))]
+    assert (f"All three take {minutes} minutes on two CPU cores ({range_of(took)} on five seeds)"
+            in " ".join(PAGES["RESULTS.md"].split()))
     for text in (
             f"{min(edges):.2f} to {max(edges):.2f} of 242 edges stay open, and {exact:.2%} of all 10,000 problems or more",
             f"of the 1,000 never trained on, {unseen:.1%} or more",
@@ -277,7 +281,7 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
             f"the larger one's is {induction['ratio']['edges_for_0.9']:.1f} times smaller, with "
             f"{induction['sparse']['heads_in_circuit']} heads for the dense one's {induction['dense']['heads_in_circuit']}",
             f"the small ones' are {by_effect} times smaller, beside the control {control}.",
-            f"{('no', 'one', 'two', 'three', 'four')[missed]} of five small ones miss their bound",
+            f"{('none of', 'one of', 'two of', 'three of', 'four of', 'all')[missed]} five small ones miss their bound",
             f"| 8 layers of 8 heads {ratios('copying-large/induction')} |", f"| SmolLM2 {ratios('circuits/ioi')} |",
             f"| SmolLM2 {ratios('circuits/greater-than')} |"):
         assert text in page, text
