@@ -192,7 +192,8 @@ def train(flags, saved=None, bar=None, more=False):
 
     bar: of several runs; more: others come after this one.
     """
-    started, device = time.time(), pick_device(flags.device)
+    started = time.time() - (saved["seconds"] if saved else 0.0)  # the steps of earlier sittings count
+    device = pick_device(flags.device)
     open_folder(flags.out)
     half = flags.dtype == "bfloat16" or (flags.dtype == "auto" and device == "cuda")
     amp = partial(torch.autocast, device, dtype=torch.bfloat16, enabled=half)

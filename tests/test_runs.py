@@ -298,6 +298,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(base, tmp_path, monkeypatch):
 # what does not go on
 
 
+def test_the_seconds_are_of_all_sittings(base, tmp_path):
+    stopped(*SMALL, "--init", base, "--steps", 6, "--sitting", 3, "--out", tmp_path)
+    saved = last_of(tmp_path)
+    torch.save(saved | {"seconds": 1000.0}, tmp_path / "last.pt")
+    command("--resume", tmp_path)
+    results = results_of(tmp_path)
+    assert results["seconds"] >= results["training_seconds"] >= 1000
+
+
 def test_resume_keeps_the_flags_of_the_run(base, tmp_path):
     """Also a flag whose value is the default: --steps 2600 on a run of 6 steps."""
     stopped(*SMALL, "--init", base, "--steps", 6, "--sitting", 3, "--out", tmp_path)
