@@ -48,17 +48,17 @@ class Flags:
     n_head: int = 8  # heads a layer
     n_embd: int = 128  # width
     position: str = "rope"  # rope or learned: how the model knows which token is where
-    dense_steps: int = 3600  # steps of dense training before the sparse ones
+    dense_steps: int = 4000  # steps of dense training before the sparse ones
     repeat: float | None = None  # share of sequences with pieces to copy; default .5 from scratch, else 0
     # the method
     sparse: bool = True  # gates and penalty; --no-sparse is the dense control
     gate_bias: float | None = None  # b: open with sigmoid(s + b); default -8 from scratch, else the init's own or 2
     bound: str = "ce"  # what is bounded: ce, or kl, the divergence KL(dense model, sparse model)
-    slack: float = 0.03  # tau = CE of the control, else of the dense model, + slack; for kl slack; nats
+    slack: float = 0.025  # tau = CE of the control, else of the dense model, + slack; for kl slack; nats
     tau: float | None = None  # the bound itself, instead of --slack
     lora: int = 0  # rank of adapters on the blocks' matrices, all else frozen; 0: train everything
     # the steps
-    steps: int = 2600  # optimiser steps
+    steps: int = 3600  # optimiser steps
     lr: float | None = None  # highest learning rate; default 2e-3 from scratch, else 1e-4
     context: int | None = None  # tokens a sequence; default 1024 or what the model takes
     batch_size: int = 8  # sequences in memory at a time, over all ranks

@@ -308,10 +308,10 @@ def test_the_seconds_are_of_all_sittings(base, tmp_path):
 
 
 def test_resume_keeps_the_flags_of_the_run(base, tmp_path):
-    """Also a flag whose value is the default: --steps 2600 on a run of 6 steps."""
+    """Also a flag whose value is the default: --steps 3600 on a run of 6 steps."""
     stopped(*SMALL, "--init", base, "--steps", 6, "--sitting", 3, "--out", tmp_path)
     before = contents(tmp_path)
-    for argv, message in ((["--steps", 2600], "--steps 2600: the run in .* has 6"),
+    for argv, message in ((["--steps", 3600], "--steps 3600: the run in .* has 6"),
                           (["--lr", 0.5], "--lr 0.5: the run in .* has 0.0001"),
                           (["--seed", 0, "--slack", 0.02], "--slack 0.02: the run in .* has 0.03"),
                           (["--no-sparse"], "--sparse False: the run in .* has True"),
