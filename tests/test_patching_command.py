@@ -53,7 +53,7 @@ def test_it_writes_results_edges_and_figures(pair, tmp_path, capsys):
         assert counts == {"all": 46, "score": r["edges_for_0.9_cumulative"], "effect": r["edges_for_0.9_after_pruning"]}
         assert r["curves"].keys() == {"heads_per_sentence", "heads_global", "edges"}
         curve = r["curves"]["edges"]
-        assert curve["requested"][-1] == 46 and curve["explained_effect"][-1] == pytest.approx(1, abs=1e-4)
+        assert curve["requested"][-1] == 46 and curve["explained_effect"][-1] == pytest.approx(1, abs=1e-5)
         at = curve["requested"].index(r["edges_for_0.9"])
         assert min(curve["explained_effect"][at:]) >= 0.9 and (not at or curve["explained_effect"][at - 1] < 0.9)
     assert results.keys() >= {"task", "about", "tokens", "prompts_made", "flags", "ratio", "interval"}
