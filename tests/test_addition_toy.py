@@ -80,6 +80,32 @@ def test_the_tries_end_with_one_that_is_good_enough(tmp_path, monkeypatch):
     assert [r["tries"] for r in json.load(open(tmp_path / "results.json"))["per_seed"]] == [[9.0, None, 6.4]] * 2
 
 
+def test_a_wave_begins_with_the_sparsest_state_and_is_a_third_as_loose(monkeypatch):
+    """Four waves of one step, which adds 1 to a weight; the states of the second and the third do not qualify."""
+    idx, targets = (t[:9] for t in toy.problems())
+    states = iter([(0.0, 9.0), (1.0, 3.0), (0.0, 9.5), (0.0, 8.0), (0.0, 5.0), (0.0, 4.0)])  # CE, open edges
+
+    def evaluate(model, *_):
+        ce, edges = next(states)
+        return toy.Evaluation(1.0, ce, edges, None, None, None)
+
+    def descend(optimizer, *_, lr):
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][0].add_(1)
+
+    monkeypatch.setattr(toy, "evaluate", evaluate)
+    monkeypatch.setattr(toy, "descend", descend)
+    dense, flags = tiny(sparse=False), toy.Flags(steps=1, waves=4, loose=0.3, enough=5.0, n_embd=16)
+    first = lambda model: toy.make_optimizer(model).param_groups[0]["params"][0]
+    sparse, edges, trace = toy.train_sparse(flags, 0, dense, 0.01, idx, targets)
+    assert edges == 8.0 and [point["kept"] for point in trace] == [9.0, 9.0, 9.0, 8.0]
+    assert [point["step"] for point in trace] == [1, 2, 3, 4]
+    assert [point["bound"] for point in trace] == pytest.approx([0.3, 0.1, 0.1, 0.1])
+    torch.testing.assert_close(first(sparse), first(dense) + 2)  # the first wave and the fourth
+    _, edges, trace = toy.train_sparse(flags, 0, dense, 0.01, idx, targets)
+    assert edges == 5.0 and len(trace) == 1  # few enough: no other wave
+
+
 def test_a_seed_decides_the_whole_try():
     idx, targets = (t[::9] for t in toy.problems())
     flags = toy.Flags(dense_steps=3, steps=3, n_embd=16)
@@ -211,7 +237,7 @@ def short_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(toy, "train_dense", dense)
         patch.setattr(toy, "train_sparse", sparse)
-        toy.main(toy.Flags(dense_steps=500, tries=1, steps=250, loose=1.0, out=str(folder)))
+        toy.main(toy.Flags(dense_steps=500, tries=1, waves=1, steps=250, loose=1.0, out=str(folder)))
     return folder, printed.getvalue(), problems
 
 
