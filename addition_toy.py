@@ -168,11 +168,11 @@ def train_sparse(flags, seed, dense, tau, idx, targets):
         model = Transformer(replace(dense.config, sparse=True))
         model.load_state_dict((best or dense).state_dict())
         optimizer, loose = make_optimizer(model), max(tau, flags.loose / 3 if best else flags.loose)
-        # with kp 0.5 lambda was too slow for the falling bound, and up to 150 spare edges stayed (LOG.md)
+        # with kp 0.5 lambda was too slow for the falling bound; with lambda up to 150 spare edges stayed (LOG.md)
         geco = GECO(tau, kp=2, lam=1.0, lam_min=0.1, lam_max=30)
         for step in range(flags.steps):
             tight = min(1, max(0, (step / flags.steps - 0.1) / 0.6))  # from 0 to 1 between 10% and 70%
-            # width is the bound too, because that falls by a factor of fifty: e = c / bound - 1
+            # width is the bound too, because that falls by a factor of 75: e = c / bound - 1
             geco.tau = geco.width = loose ** (1 - tight) * tau**tight
             done = wave * flags.steps + step
             rows, noise = batch(flags.dense_steps + done, seed, idx), fold_in(fold_in(seed, done), torch.arange(BATCH))
