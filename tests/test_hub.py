@@ -483,7 +483,7 @@ def test_a_local_path_is_returned_as_it_is(tmp_path):
     assert hub.fetch_model(str(tmp_path)) == str(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["gpt5", "", "./nowhere", "/no/where", "a/b/c", "../x", "a b/c"])
+@pytest.mark.parametrize("name", ["gpt5", "", "./nowhere", "/no/where", "a/b/c", "../nowhere", "a b/c"])
 def test_a_name_that_is_nothing(server, name):
     with pytest.raises(ValueError) as raised:
         hub.fetch_model(name)
