@@ -77,9 +77,7 @@ class Flags:
     def __post_init__(self):
         check(self, {
             "n_layer n_head n_embd dense_steps steps context batch_size accumulate eval_every sitting": "at least 1",
-            "slack lora benchmark": "not negative",
-            "lr tau": "positive",
-            "gate_bias": "finite", "seed": "below 2^62",
+            "slack lora benchmark": "not negative", "lr tau": "positive", "gate_bias": "finite", "seed": "below 2^62",
             "bound": "ce | kl", "position": "rope | learned",
             "device": "auto | cpu | cuda | mps", "dtype": "auto | float32 | bfloat16",
         })

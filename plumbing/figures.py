@@ -359,7 +359,7 @@ def draw_addition_training(traces, per_seed, path):
         lam.plot(step, column["lam"], **thin)
     ce.axhline(per_seed[0]["tau"], color="black", linewidth=1.5, label="$\\tau$")
     ce.axhline(per_seed[0]["dense_ce"], color="black", linestyle=":", label="dense model's CE")
-    ce.set(yscale="log", ylabel="CE, sampled gates (nats a digit)", ylim=(1e-6, None))  # room for the legend
+    ce.set(yscale="log", ylabel="CE, sampled gates (nats a digit)")
     exact.set(ylabel="exact match, training problems (%)", ylim=(45, 102))
     edges.set(yscale="log", ylabel=f"open edges a problem (of {per_seed[0]['allowed_edges']})",
               xlabel="step")
@@ -367,7 +367,7 @@ def draw_addition_training(traces, per_seed, path):
     lam.set(yscale="log", ylabel="multiplier $\\lambda$", xlabel="step")
     for axis in (ce, exact, edges, lam):
         axis.grid(alpha=0.3)
-    ce.legend(fontsize=8, ncols=4, loc="lower center")
+    figure.legend(*ce.get_legend_handles_labels(), fontsize=9, ncols=7, loc="outside lower center")
     edges.legend(fontsize=9)
     save_figure(figure, path)
 

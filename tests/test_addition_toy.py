@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 
@@ -81,9 +82,10 @@ def test_the_tries_end_with_one_that_is_good_enough(tmp_path, monkeypatch):
 
 
 def test_a_wave_begins_with_the_sparsest_state_and_is_a_third_as_loose(monkeypatch):
-    """Four waves of one step, which adds 1 to a weight; the states of the second and the third do not qualify."""
+    """Five waves of one step, which adds 1 to a weight: the first does not qualify, the fourth is not sparser."""
+    states = iter([(1.0, 3.0), (0.0, 9.0), (1.0, 3.0), (0.0, 9.5), (0.0, 8.0), (0.0, 5.0)])  # CE, open edges
     idx, targets = (t[:9] for t in toy.problems())
-    states = iter([(0.0, 9.0), (1.0, 3.0), (0.0, 9.5), (0.0, 8.0), (0.0, 5.0), (0.0, 4.0)])  # CE, open edges
+    starts, seeds, first = [], [], lambda model: toy.make_optimizer(model).param_groups[0]["params"][0]
 
     def evaluate(model, *_):
         ce, edges = next(states)
@@ -91,17 +93,25 @@ def test_a_wave_begins_with_the_sparsest_state_and_is_a_third_as_loose(monkeypat
 
     def descend(optimizer, *_, lr):
         with torch.no_grad():
-            optimizer.param_groups[0]["params"][0].add_(1)
+            weight = optimizer.param_groups[0]["params"][0]
+            starts.append((weight - first(dense)).mean().item())
+            weight.add_(1)
 
+    def forward(model, idx, targets, seed):
+        seeds.append((idx.tolist(), seed.tolist()))
+        return Transformer.forward(model, idx, targets, seed=seed)
+
+    monkeypatch.setattr(toy, "Transformer", type("Recorded", (Transformer,), {"forward": forward}))
     monkeypatch.setattr(toy, "evaluate", evaluate)
     monkeypatch.setattr(toy, "descend", descend)
-    dense, flags = tiny(sparse=False), toy.Flags(steps=1, waves=4, loose=0.3, enough=5.0, n_embd=16)
-    first = lambda model: toy.make_optimizer(model).param_groups[0]["params"][0]
+    dense, flags = tiny(sparse=False), toy.Flags(steps=1, waves=5, loose=0.3, enough=5.0, n_embd=16)
     sparse, edges, trace = toy.train_sparse(flags, 0, dense, 0.01, idx, targets)
-    assert edges == 8.0 and [point["kept"] for point in trace] == [9.0, 9.0, 9.0, 8.0]
-    assert [point["step"] for point in trace] == [1, 2, 3, 4]
-    assert [point["bound"] for point in trace] == pytest.approx([0.3, 0.1, 0.1, 0.1])
-    torch.testing.assert_close(first(sparse), first(dense) + 2)  # the first wave and the fourth
+    assert edges == 8.0 and [point["kept"] for point in trace] == [None, 9.0, 9.0, 9.0, 8.0]
+    assert [point["step"] for point in trace] == [1, 2, 3, 4, 5]
+    assert [point["bound"] for point in trace] == pytest.approx([0.3, 0.3, 0.1, 0.1, 0.1])
+    assert starts == pytest.approx([0, 0, 1, 1, 1], abs=1e-6)  # twice the dense model, then the second wave's
+    torch.testing.assert_close(first(sparse), first(dense) + 2)
+    assert all(a[0] != b[0] and a[1] != b[1] for a, b in itertools.combinations(seeds, 2))  # problems and noise
     _, edges, trace = toy.train_sparse(flags, 0, dense, 0.01, idx, targets)
     assert edges == 5.0 and len(trace) == 1  # few enough: no other wave
 
