@@ -6,7 +6,7 @@ Two-digit addition, from nothing to a circuit that can be read: Figure 1 of arXi
 
 A small transformer learns it with ordinary dense attention. Then the same weights are trained on
 with a gate on every attention edge: fewest open edges, at the loss of the dense model plus a
-slack. What is left is the algorithm: units and tens read the two digits they add, the layer above a carry.
+slack. What is left is the algorithm: units and tens read the two digits they add, layer 1 reads the carries.
 
     python addition_toy.py          one seed and the figures; --seeds 10: seeds 0 to 9
 """
@@ -173,7 +173,7 @@ def train_sparse(flags, seed, dense, tau, idx, targets):
         loose = max(tau, flags.loose / 3 if best else flags.loose)
         for step in range(flags.steps):
             tight = min(1, max(0, (step / flags.steps - 0.1) / 0.6))  # from 0 to 1 between 10% and 70%
-            # width is the bound too, because that falls by a factor of 75: e = c / bound - 1
+            # width is the bound too, because that falls by up to 75 times: e = c / bound - 1
             geco.tau = geco.width = loose ** (1 - tight) * tau**tight
             done = wave * flags.steps + step
             rows = batch(flags.dense_steps + done, seed, idx)

@@ -10,7 +10,7 @@
 #
 # There are two models of the same shape, two layers of one head: `dense`, ordinary attention, and
 # `sparse`, the same weights trained on with gates, until few edges were left (`addition_toy.py`, of
-# one wave: the page's five leave a simpler circuit).
+# one wave; its default of five leaves a simpler circuit).
 # Gates here are *deterministic*: open where s + b > 0, no noise.
 #
 # The solution is in `addition_toy.py` (task 1), `plumbing/addition.py` and `patching.py`; look at

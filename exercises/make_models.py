@@ -3,9 +3,10 @@ The four small models of exercises 3 to 5, from finished runs: weights in float1
 
     python -m exercises.make_models
 
-The runs: `python addition_toy.py --waves 1 --loose 0.2 --enough 7`, because five waves leave no logit between -b and 0,
-where forgetting b would show (5.98 edges without AVX512, 6.73 with it: choose another --seed); and `python train.py --n-head 4 --dense-steps 3000 --steps 3000 --gate-bias 2`, which
-bounded the loss on sequences half of which held copies, when the models here were made.
+The runs: `python addition_toy.py --waves 1 --loose 0.2 --enough 7`, because five waves leave no logit between -b
+and 0, where forgetting b would show (5.98 edges on a CPU without AVX512; with it 6.73: choose another --seed); and
+`python train.py --n-head 4 --dense-steps 3000 --steps 3000 --gate-bias 2`, which bounded the loss on sequences half
+of which held copies, when the models here were made.
 
 It says how many gates the rounding changes, and leaves exercises/models/*.pt. Then run the exercises'
 test: python -m pytest -q tests/test_exercises.py

@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import sparse
-from addition_toy import evaluate
+from addition_toy import evaluate, problems
 from exercises import checks, make_models
 from geco import GECO
 from model import Config, Transformer
@@ -741,3 +741,8 @@ def test_the_small_models_are_made_from_finished_runs(tmp_path, capsys):
     assert small.config == random["copying"]
     for name, t in models["copying"].state_dict().items():
         assert torch.equal(small.state_dict()[name], t.half().float()), name
+
+
+def test_the_page_names_the_edges_of_the_addition_model_here():
+    found = evaluate(model("addition_sparse"), *problems())
+    assert f"| addition (toy of one wave, {found.open_edges:.2f} edges), 100 prompts |" in (ROOT / "RESULTS.md").read_text()

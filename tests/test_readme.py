@@ -303,6 +303,7 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
     seconds = lambda r: max(r["seconds"], r["training_seconds"])  # of the last sitting, and of all
     took = [sum(seconds(results(f"{folder}{part}")) for part in ("/dense", "/control", "")) / 60
             for folder in ("demo", *(f"demo/seed{n}" for n in range(1, 5)))]
+    assert f"`python addition_toy.py --seeds 10`, {results('addition')['seconds'] / 60:.0f} minutes" in PAGES["RESULTS.md"]
     assert (f"All three take {minutes} minutes on two CPU cores ({range_of(took)} on five seeds)"
             in " ".join(PAGES["RESULTS.md"].split()))
     for text in (
