@@ -68,9 +68,10 @@ def rope_angle(config, T, device):
 
 def rotate(x, angle):
     """RoPE, arXiv 2104.09864: rotate the pairs (d, d + D/2) of x (B, H, T, D) by angle (T, D/2)."""
-    cos, sin = angle.cos(), angle.sin()
-    x1, x2 = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+    cos, sin = torch.cat([angle, angle], dim=-1).cos(), torch.cat([-angle, angle], dim=-1).sin()  # (T, D)
+    y = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    partner = y.roll(x.shape[-1] // 2, dims=-1)  # the other one of the pair
+    return (y * cos + partner * sin).to(x.dtype)
 
 
 Edges = namedtuple("Edges", "prob open")  # of gated_attention, each (n_layer, n_head) float32

@@ -69,7 +69,7 @@ class Flags:
     dtype: str = "auto"  # float32 or bfloat16 autocast; auto: bfloat16 on CUDA
     fsdp: bool = False  # shard over the processes of torchrun
     recompute: bool = False  # activation checkpointing: less memory, a third more time
-    eval_every: int = 200  # steps between evaluations, checkpoints and figures
+    eval_every: int = 200  # steps between evaluations and checkpoints
     sitting: int | None = None  # stop after this many steps; --resume goes on
     dry_run: bool = False  # only print parameters and memory per rank
     benchmark: int = 0  # only time this many steps, dense and sparse in turn
@@ -291,7 +291,7 @@ def train(flags, saved=None, bar=None, more=False):
         run.line(step + 1, began, model, ce=ce_mean, norm=norm, lr=learning_rate(step, flags),
                  **({"held_out": geco.c, "lambda": geco.lam, "open": open_mean} if flags.sparse else {}))
 
-        # every so often: evaluate, keep the sparsest state within the bound, save, draw
+        # every so often: evaluate, keep the sparsest state within the bound, save
         if (step + 1) % flags.eval_every == 0 or step + 1 == flags.steps:
             point = {"step": step + 1} | measure(model, fixed["val"], teacher=teacher) | {"accuracy": right(model)}
             run.require_finite(step + 1, held_out_loss=point["ce"])
@@ -303,11 +303,12 @@ def train(flags, saved=None, bar=None, more=False):
             trace.append(point)
             run.log(**{f"val_{name}": value for name, value in point.items()} | {"step": step + 1})
             save(step + 1, best=best, trace=trace)
-            if flags.sparse and fsdp.rank() == 0:
-                figures.draw_training(flags.out, trace, best, tau(flags.steps), dense["val"], control, context)
 
     if run.last < flags.steps:  # the end of a sitting, or Ctrl-C
         save(run.last, best=best, trace=trace)
+    if flags.sparse and fsdp.rank() == 0:
+        figures.draw_training(flags.out, trace, best, tau(flags.steps), dense["val"], control, context)
+    if run.last < flags.steps:
         run.leave(run.last)
     results = run.costs() | {"tau": tau(flags.steps), "ce_dense": dense["test"], "copying_dense": dense["copying"],
                              "accuracy_dense": dense.get("accuracy"),  # checkpoints of older versions have none

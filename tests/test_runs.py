@@ -27,10 +27,10 @@ def contents(folder):
             for place, _, names in os.walk(folder) for name in names}
 
 
-def stopped(*argv):
+def stopped(*argv, draw=False):
     """A run that ends before its last step; its exit code."""
     with pytest.raises(SystemExit) as stop:
-        command(*argv)
+        command(*argv, draw=draw)
     return stop.value.code
 
 
@@ -108,8 +108,11 @@ def test_results_of_another_command_are_not_overwritten(more, base, tmp_path):
     assert theirs.read_text() == '{"command": "python patching.py"}'
 
 
-def test_an_unfinished_run_is_not_overwritten(base, tmp_path):
-    stopped(*SMALL, "--init", base, "--steps", 6, "--sitting", 3, "--out", tmp_path)
+def test_an_unfinished_run_has_its_pictures_and_is_not_overwritten(base, tmp_path, recwarn):
+    """Stopped before its first evaluation, too."""
+    stopped(*SMALL, "--init", base, "--steps", 6, "--sitting", 3, "--out", tmp_path, draw=True)
+    assert all((tmp_path / name).exists() for name in ("ce_open.png", "heads.png", "lambda.png"))
+    assert not [w for w in recwarn if "matplotlib" in w.filename], [str(w.message) for w in recwarn]
     before = contents(tmp_path)
     with pytest.raises(ValueError, match="holds a run that is not finished: go on with --resume"):
         command(*SMALL, "--init", base, "--steps", 6, "--out", tmp_path)
