@@ -1,7 +1,7 @@
 """
 Sparse post-training of a language model: the fewest open attention edges at the dense loss.
 
-    python train.py                              a small model that learns to copy: dense, control, sparse
+    python train.py                              a small model that learns to copy: dense, control, sparse; 14 minutes
     python train.py --init gpt2                  the main job: GPT-2 124M on web text
     python train.py --init FOLDER --data a.txt   local weights and text
     python train.py --init gpt2 --no-sparse      the dense control: same data and steps, no gates

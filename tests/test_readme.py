@@ -221,6 +221,9 @@ def test_the_larger_model_is_the_result_files():
     each = [results(f"copying-large{part}")["seconds"] / 60 for part in ("/dense", "/control", "")]
     assert f"{sum(each):.0f} minutes on two CPU cores, {each[2]:.0f} of them post-training" in page
     assert r["best_step"] and "within its bound" in page
+    for key, said in (("copying_sparse", "copying {}"), ("copying_dense", "dense {}"), ("copying_dense_control", "control {}")):
+        low, high = min(r[key].values()), max(r[key].values())
+        assert said.format(f"{100 * low:.0f} to {100 * high:.0f}%") in page, key
     right = {name: results("copying-large/bracket")[name]["accuracy"] for name in ("dense", "sparse")}
     assert f"{right['sparse']:.0%} of its answers are right, {right['dense']:.0%} of the dense" in page
     for task in ("induction", "bracket"):
@@ -230,6 +233,18 @@ def test_the_larger_model_is_the_result_files():
         low, high = c["interval"]["edges_for_0.9"]
         row = f"| {task} | " + " | ".join(cells) + f" ({low:.2g} to {high:.2g}) |"
         assert row in README, row
+        heads = c["sparse"]["heads_in_circuit"], c["dense"]["heads_in_circuit"]
+        assert ("has {} heads where the dense one has {}" if task == "induction" else "the bracket's {} for {}").format(*heads) in page
+    c = results("copying-large/induction")
+    ratio, control = ([r[key] for key in ("edges_for_0.9_cumulative_mean_of_curves", "edges_for_0.9_cumulative",
+                                          "edges_for_0.9")] for r in (c["ratio"], c["ratio_control"]))
+    assert all(x >= goal for x, goal in zip(ratio, (30, 15, 4))) and "30, 15 and 4 for induction: all are met" in page
+    assert "Beside the control it is {:.1f}, {:.1f} and {:.1f}".format(*control) in page
+    left = [100 * statistics.mean(case["copying"].values()) for case in c["copying"]["surgery"]["sparse"].values()]
+    assert f"with it shut copying falls to {left[1]:.0f}%, with the {c['sparse']['heads_in_circuit']} heads alone it is {left[3]:.0f}%" in page
+    small = results("demo/circuit")["dense"]["edges"], statistics.mean(
+        c["ratio"]["edges_for_0.9_cumulative_mean_of_curves"] for _, c in demos())
+    assert f"{c['dense']['edges'] / small[0]:.1f} times as large as the demo's, and the first ratio {ratio[0] / small[1]:.1f} times" in page
 
 
 def test_the_table_of_the_demo_s_seeds_is_the_result_files():
@@ -255,7 +270,7 @@ def test_which_seeds_of_the_demo_meet_which_goal_is_the_result_files():
     score, averaged, effect = (
         [c["ratio"][key] for _, c in demos()]
         for key in ("edges_for_0.9_cumulative_mean_of_curves", "edges_for_0.9_cumulative", "edges_for_0.9"))
-    assert "All seeds meet those of the edges, the loss, the copying and the first ratio" in page
+    assert "All seeds meet those of the edges, the loss, the copying, the first ratio and the time" in page
     for r, _ in demos():
         assert r["open_frac"] <= 0.007 and r["ce_sparse"] - r["ce_dense_control"] <= 0.05
         assert min(v for key in ("copying_dense", "copying_sparse") for p, v in r[key].items() if int(p) >= 16) >= 0.95
@@ -299,10 +314,12 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
     control = range_of([c["ratio_control"]["edges_for_0.9"] for c in circuits])
     missed = sum(r["best_step"] is None for r, _ in demos())
     english, smollm2, large = results("english/sparse"), results("smollm2"), results("copying-large")
-    induction = results("copying-large/induction")
+    induction, by_score = results("copying-large/induction"), "edges_for_0.9_cumulative_mean_of_curves"
     seconds = lambda r: max(r["seconds"], r["training_seconds"])  # of the last sitting, and of all
     took = [sum(seconds(results(f"{folder}{part}")) for part in ("/dense", "/control", "")) / 60
             for folder in ("demo", *(f"demo/seed{n}" for n in range(1, 5)))]
+    assert max(took) <= 15 and f"the default flags take {minutes} minutes" in open(os.path.join(ROOT, "plumbing/folders.py")).read()
+    assert f"dense, control, sparse; {minutes} minutes" in importlib.import_module("train").__doc__
     assert f"`python addition_toy.py --seeds 10`, {results('addition')['seconds'] / 60:.0f} minutes" in PAGES["RESULTS.md"]
     assert (f"All three take {minutes} minutes on two CPU cores ({range_of(took)} on five seeds)"
             in " ".join(PAGES["RESULTS.md"].split()))
@@ -328,6 +345,8 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
             f"SmolLM2-135M {smollm2['open_frac']:.2%} at KL(dense, sparse) {smollm2['kl_sparse']:.3f} nats, "
             f"CE {smollm2['ce_sparse'] - smollm2['ce_dense']:.3f} above the dense model",
             f"| copying model {each}, {averaged}; by effect {by_effect} |",
+            f"circuits are {each} times smaller, the larger one's {induction['ratio'][by_score]:.0f} "
+            f"({results('copying-large/bracket')['ratio'][by_score]:.0f} for which bracket is open)",
             f"the larger one's is {induction['ratio']['edges_for_0.9']:.1f} times smaller, with "
             f"{induction['sparse']['heads_in_circuit']} heads for the dense one's {induction['dense']['heads_in_circuit']}",
             f"the small ones' are {by_effect} times smaller, beside the control {control}.",
