@@ -74,7 +74,7 @@ class Chunked(torch.autograd.Function):
         for n, i, j in tiles(N, T, causal):
             s, p, A, *_ = tile(n, i, j)
             a = torch.softmax(s, -1, out=s)
-            y[n, i] = torch.bmm(a.mul_(A), v[n, j])  # by out= the heads would go one by one
+            y[n, i] = torch.bmm(a.mul_(A), v[n, j])  # bmm(out=) into a slice takes the heads one by one
             E[n].add_(p.sum((-2, -1)))
             opened[n].add_(A.sum((-2, -1)))
         ctx.pairs = T * (T + 1) // 2 if causal else T * T

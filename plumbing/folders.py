@@ -120,7 +120,7 @@ def unfinished(runs):
             todo.append((flags, saved))
     if todo:
         print("from scratch:", ", then ".join(f"{flags.steps} steps in {flags.out}" for flags, _ in todo)
-              + "; the default flags take 14 minutes on two CPU cores")
+              + "; the default flags take about 14 minutes on two CPU cores")
     return todo
 
 
