@@ -70,8 +70,7 @@ def rotate(x, angle):
     """RoPE, arXiv 2104.09864: rotate the pairs (d, d + D/2) of x (B, H, T, D) by angle (T, D/2)."""
     cos, sin = torch.cat([angle, angle], dim=-1).cos(), torch.cat([-angle, angle], dim=-1).sin()  # (T, D)
     y = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-    partner = y.roll(x.shape[-1] // 2, dims=-1)  # (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)
-    return (y * cos + partner * sin).to(x.dtype)
+    return (y * cos + y.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)  # x1 cos - x2 sin, x2 cos + x1 sin
 
 
 Edges = namedtuple("Edges", "prob open")  # of gated_attention, each (n_layer, n_head) float32

@@ -12,9 +12,8 @@ It measures the dense model's cross-entropy (CE) on held-out text and sets tau =
 dense control tau follows the CE that this had after as many steps. The slack is larger at first: edges
 leave, then the model learns to do without them. Then it trains on, with sampled gates in the first half
 of the steps and deterministic ones in the second: it minimises the expected share of open edges E
-subject to CE <= tau. Training text moves the weights, held-out text the multiplier (geco.py), because
-training text can be learnt by heart. The
-sparsest state within tau, with deterministic gates, is kept as best.pt and reported on test text.
+subject to CE <= tau. Training text moves the weights; held-out text, which is not learnt by heart, moves
+the multiplier (geco.py). The sparsest state within tau is kept as best.pt and reported on test text.
 """
 
 import math
