@@ -35,7 +35,7 @@ from sparse import fold_in
 class Flags:
     # what to read and to write
     init: str = "scratch"  # hub name, Hugging Face folder, checkpoint, or scratch
-    adapter: str | None = None  # adapter.safetensors of an earlier --lora run, on top of it
+    adapter: str | None = None  # adapter.safetensors of an earlier --lora run, on top of it; with --lora it is trained on
     data: str | None = None  # fineweb (GPT-2's default), python-docs (others'), a prepared folder, or .txt files with commas
     tokenizer: str | None = None  # gpt2, bytes or a tokenizer.json; default: the model's own
     out: str | None = None  # folder for checkpoints, results.json, log.jsonl and figures
@@ -86,7 +86,8 @@ class Flags:
                 (not 0 <= self.repeat <= 1, f"--repeat {self.repeat}: give a share from 0 to 1"),
                 (self.bound == "kl" and not self.slack, "--bound kl needs a --slack above 0"),
                 (self.lora and self.init == "scratch", "--lora needs a trained --init"),
-                (self.lora and self.adapter, "--lora begins new adapters: give no --adapter, or --resume a run"),
+                (self.lora and self.adapter and self.bound != "kl",
+                 "--adapter with --lora needs --bound kl: the dense model is then the base without the adapter"),
                 (self.adapter and self.init == "scratch", "--adapter needs the --init that it was trained on"),
                 (self.dry_run and self.init == "scratch", "--dry-run needs an --init: a name, folder or file")):
             if wrong:
@@ -113,11 +114,10 @@ def starting_point(flags):
                         position=flags.position, init_std=0.06)
         named = Transformer(config).state_dict()
     else:
-        fields, named = fsdp.first_on_each_machine(lambda: weights.read_model(flags.init, flags.adapter))
+        fields, named = fsdp.first_on_each_machine(lambda: weights.read_model(flags.init, flags.adapter, merge=not flags.lora))
         config = Config(**fields)
-    if config.sparse and flags.sparse and (flags.tau is None or flags.bound == "kl"):
-        raise ValueError(f"{flags.init} is sparse already, and the loss of its weights without gates means "
-                         "nothing: give the bound itself, --tau, of --bound ce")
+    if config.sparse and flags.sparse and (flags.tau is None or flags.bound == "kl") and not (flags.lora and flags.adapter):
+        raise ValueError(f"{flags.init} is sparse already, so it has no dense loss: give the bound itself, --tau, of --bound ce")
     own = config.gate_bias if config.sparse else 2.0  # most gates begin open, so the model is nearly as it was
     bias = (own if flags.gate_bias is None else flags.gate_bias) if flags.sparse else 0.0
     return replace(config, sparse=flags.sparse, gate_bias=bias), named
@@ -128,7 +128,7 @@ def build(flags, config, named, device, half):
     with torch.device("meta"):  # shapes without memory
         model = Transformer(config)
     if flags.lora:
-        named = named | lora.add(model, flags.lora, flags.seed)
+        named = lora.add(model, flags.lora, flags.seed) | named  # those of --adapter stay
     model.recompute = flags.recompute
     if flags.fsdp:
         return fsdp.shard(model, named, device, half)
@@ -211,7 +211,7 @@ def train(flags, saved=None, bar=None, more=False):
     # model, and for a bound on the divergence the dense model beside it
     model, teacher = build(flags, config, named, device, half), None
     if flags.bound == "kl" and flags.sparse:
-        apart = {name: t.clone() for name, t in named.items()}  # training changes `named` in place
+        apart = {name: t.clone() for name, t in named.items() if "lora" not in name}  # training changes `named`
         teacher = build(replace(flags, lora=0), replace(config, sparse=False), apart, device, half)
     measure = partial(evaluate, batch_size=flags.batch_size, amp=amp)
     copies = partial(copying.accuracy, tok=tok, context=context if flags.repeat else 0, amp=amp)
@@ -219,9 +219,9 @@ def train(flags, saved=None, bar=None, more=False):
     if saved:
         dense, best, trace, reached = (saved[name] for name in ("dense", "best", "trace", "reached"))
     else:
-        model.config.sparse = False  # the same weights before they get their gates
-        dense = {split: measure(model, fixed[split])["ce"] for split in fixed}
-        dense |= {"copying": copies(model), "accuracy": right(model)}
+        model.config.sparse, before = False, teacher or model  # the same weights before they get their gates
+        dense = {split: measure(before, fixed[split])["ce"] for split in fixed}
+        dense |= {"copying": copies(before), "accuracy": right(before)}
         model.config.sparse = flags.sparse
         best, trace = None, [{"step": 0} | measure(model, fixed["val"], teacher=teacher) | {"accuracy": right(model)}]
     control = folders.read_control(flags.control, flags, dense["test"]) if flags.control else None

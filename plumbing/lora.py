@@ -81,8 +81,8 @@ def save(path, adapters, base, config):
     write_safetensors(path, adapters, {"base": base, "gates": json.dumps(gates)})
 
 
-def merged(path, weights):
-    """(Config fields of the gates, weights + B A in float32); wrong file or base: ValueError."""
+def read(path, weights):
+    """(Config fields of the gates, {name: tensor} of the adapters); wrong file or base: ValueError."""
     adapters, about = read_safetensors(path), read_metadata(path)
     try:
         base, gates = about["base"], json.loads(about["gates"])
@@ -90,8 +90,7 @@ def merged(path, weights):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is no adapter file of train.py --lora") from None
-    layers = sorted({name.rsplit(".", 1)[0] for name in adapters})
-    for layer in layers:
+    for layer in sorted({name.rsplit(".", 1)[0] for name in adapters}):
         W = weights.get(layer + ".weight")
         if not {layer + ".lora_a", layer + ".lora_b"} <= adapters.keys():
             raise ValueError(f"{path} lacks one of the two matrices of {layer}")
@@ -102,8 +101,13 @@ def merged(path, weights):
     if fingerprint(weights) != base:
         raise ValueError(f"{path} was trained on a base of the same shape but with other weights "
                          f"({base}, these are {fingerprint(weights)})")
+    return gates, adapters
+
+
+def merge(weights, adapters):
+    """weights + B A, in float32 where there is an adapter."""
     weights = dict(weights)
-    for layer in layers:
+    for layer in {name.rsplit(".", 1)[0] for name in adapters}:
         a, b = (adapters[f"{layer}.lora_{x}"].to(torch.float32) for x in "ab")
         weights[layer + ".weight"] = weights[layer + ".weight"].to(torch.float32) + b @ a
-    return gates, weights
+    return weights

@@ -19,18 +19,21 @@ from plumbing.plan import KNOWN
 # reading and writing a model
 
 
-def read_model(name_or_path, adapter=None):
+def read_model(name_or_path, adapter=None, merge=True):
     """(fields, weights) of all that Transformer.from_pretrained opens.
 
-    adapter: a file of train.py --lora, which is added to the weights. Tensors have the file's
-    dtype; most are mapped and not read yet. A bad file: ValueError.
+    adapter: a file of train.py --lora, which is added to the weights, or without merge put beside
+    those of a dense base. Tensors have the file's dtype; most are mapped and not read yet. A bad
+    file: ValueError.
     """
     fields, weights = read_checkpoint(name_or_path)
     if fields.get("tied_head", True) and "wte.weight" in weights:
         weights["lm_head.weight"] = weights["wte.weight"]
     if adapter:
-        gates, weights = lora.merged(adapter, weights)
-        fields = fields | gates
+        if fields.get("sparse") and not merge:
+            raise ValueError(f"{name_or_path} has gates of its own: only the adapter of a dense model is trained on")
+        gates, adapters = lora.read(adapter, weights)
+        weights, fields = lora.merge(weights, adapters) if merge else weights | adapters, fields | gates
     return fields, weights
 
 

@@ -161,5 +161,31 @@ def test_train_writes_an_adapter_that_every_script_reloads(tmp_path, monkeypatch
 
     with pytest.raises(ValueError, match="holds adapters without their base"):
         command(*flags, "--init", "whole/last.pt", "--out", "x")
-    with pytest.raises(ValueError, match="no --adapter"):
-        command(*flags, *adapter, "--lora", 2, "--out", "x")
+
+
+def test_an_adapter_is_trained_on_under_a_bound_on_the_divergence_from_its_base(tmp_path, monkeypatch):
+    """The new run begins where the old one ended: its loss, divergence, edges and b; dense is the base alone."""
+    monkeypatch.chdir(tmp_path)
+    dense = base(tmp_path / "base").eval()
+    (tmp_path / "text.txt").write_text("".join(f"{n} and {n} is {n + n}; " for n in range(2000)))
+    flags = ["--init", "base", "--data", "text.txt", "--batch-size", 4, "--context", 24, "--bound", "kl", "--tau", 9]
+    command(*flags, "--lora", 2, "--gate-bias", 1.5, "--lr", 0.1, "--steps", 4, "--out", "first")
+    more = [*flags, "--adapter", "first/adapter.safetensors"]
+    command(*more, "--lora", 2, "--lr", 0.01, "--steps", 1, "--out", "more")
+    saved, results = torch.load("more/last.pt"), json.loads((tmp_path / "more/results.json").read_text())
+    text, model = tokens.load_data("text.txt", "bytes"), Transformer.from_pretrained("base", "first/adapter.safetensors")
+    held_out, test = (tokens.Blocks(text[split], 24).evenly(8) for split in ("val", "test"))
+    found = train.evaluate(model, held_out, 4, NO_AUTOCAST, teacher=dense)
+    assert found["kl"] > 0.01 and 0 < found["open"] < 1
+    assert {name: saved["trace"][0][name] for name in ("ce", "kl", "open")} == pytest.approx(
+        {name: found[name] for name in ("ce", "kl", "open")}, rel=1e-4)
+    assert results["ce_dense"] == pytest.approx(train.evaluate(dense, test, 4, NO_AUTOCAST)["ce"], rel=1e-5)
+    assert saved["config"]["gate_bias"] == 1.5
+    one, two = (load_file(f"{run}/adapter.safetensors") for run in ("first", "more"))
+    assert one.keys() == two.keys() and all(0 < (one[name] - two[name]).abs().max() < 0.02 for name in one)
+    with pytest.raises(ValueError, match="has shape"):
+        command(*more, "--lora", 3, "--out", "x")
+    dense.config.sparse = True
+    dense.save_checkpoint("gated.pt")
+    with pytest.raises(ValueError, match="gated.pt has gates of its own"):
+        command(*more, "--init", "gated.pt", "--lora", 2, "--out", "x")
