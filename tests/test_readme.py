@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from plumbing import flags
 from plumbing.files import read_metadata
+from train import LOOSE
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAGES = {name: open(os.path.join(ROOT, name)).read() for name in ("README.md", "RESULTS.md")}
@@ -346,7 +347,7 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
             f"| 8 layers of 8 heads {large['open_frac']:.2%}, {large['ce_sparse'] - large['ce_dense_control']:.3f} above; "
             f"English bytes {english['open_frac']:.2%}, {english['ce_sparse'] - english['ce_dense_control']:.3f} above",
             f"SmolLM2-135M {smollm2['open_frac']:.2%} at KL(dense, sparse) {smollm2['kl_sparse']:.3f} nats, "
-            f"CE {smollm2['ce_sparse'] - smollm2['ce_dense']:.3f} above the dense model",
+            f"CE {smollm2['ce_dense'] - smollm2['ce_sparse']:.3f} below the dense model",
             f"| copying model {each}, {averaged}; by effect {by_effect} |",
             f"circuits are {each} times smaller, the larger one's {induction['ratio'][by_score]:.0f} "
             f"({results('copying-large/bracket')['ratio'][by_score]:.0f} on brackets)",
@@ -400,14 +401,15 @@ def test_the_smollm2_run_and_its_adapter_are_what_page_and_card_say():
                  f"{r['open_edges_per_query']:.2f} a query and head", f"{r['kl_sparse']:.3f} nats a token", f"{r['ce_sparse']:.3f}",
                  f"the dense model has {r['ce_dense']:.3f}", f"layer 0 {layers[0]:.1%}, layers 1 to 29 {sum(layers[1:]) / 29:.2%}"):
         assert text in card and text in page, text
-    assert f"Layer 0 holds {layers[0] / sum(layers):.0%} of what is open" in page
     assert f"with {1 - r['open_frac']:.1%} of its attention edges shut" in card
     found = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
     found = {line["step"]: line for line in found if "val_kl" in line}
-    shares = [100 * line["val_open"] for step, line in found.items() if step <= 600]
-    assert (f"From step 100 to 600 the KL falls from {found[100]['val_kl']:.2f} to {found[600]['val_kl']:.2f} at "
-            f"{min(shares):.1f} to {max(shares):.1f}% open") in page
-    assert sum(share > 0.99 for share in r["heads"][0]) == 6 and "six of its nine heads are open nearly everywhere" in page
+    assert "(the dense model has a CE of 3.762, {ioi:.0%} and {greater-than:.0%})".format(**r["accuracy_dense"]) in page
+    for step in range(400, r["flags"]["steps"] + 1, 400):
+        v, (first, *others) = found[step], [sum(shares) / len(shares) for shares in found[step]["val_heads"]]
+        bound = r["tau"] * LOOSE ** min(1, max(0, (0.7 - step / r["flags"]["steps"]) / 0.6))
+        assert (f"| {step:,} | {bound:.2f} | {v['val_kl']:.3f} | {v['val_ce']:.3f} | {v['val_open']:.2%} | {first:.1%} | "
+                f"{sum(others) / 29:.2%} | {v['val_accuracy']['ioi']:.0%} | {v['val_accuracy']['greater-than']:.0%} |") in page
     path = os.path.join(folder, "adapter.safetensors")
     tensors, about = load_file(path), read_metadata(path)
     assert os.path.getsize(path) <= 10e6 and {t.dtype for t in tensors.values()} == {torch.bfloat16}
@@ -417,6 +419,7 @@ def test_the_smollm2_run_and_its_adapter_are_what_page_and_card_say():
     assert (r["best_step"] is None) == ("none met the bound" in card) == ("No state held the bound" in page)
     lines = re.findall(r"^python .*", open(os.path.join(folder, "README.md")).read().replace("\\\n", ""), re.M)
     assert [" ".join(line.split()) for line in lines][0] == r["command"] and len(lines) == 3
+    assert r["command"] in page.replace("\\ ", "")
     for line in lines:
         script, *rest = shlex.split(line)[1:]
         flags.parse(importlib.import_module(script.removesuffix(".py")).Flags, rest)

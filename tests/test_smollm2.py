@@ -4,6 +4,7 @@ wrote, with English text in news.val.txt besides."""
 import json
 import os
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from model import Transformer, generate
 from plumbing.tokens import Blocks, load_data, name_for, tokenizer
-from train import EVAL_SEQUENCES, evaluate
+from train import EVAL_SEQUENCES, Flags, build, evaluate, starting_point
 
 ASSETS = os.environ.get("SPARSE_ASSETS", "")
 pytestmark = pytest.mark.skipif(not ASSETS, reason="SPARSE_ASSETS: a folder with smollm2-135m")
@@ -43,14 +44,20 @@ def test_its_loss_is_that_of_transformers(model):
 
 
 def test_the_committed_adapter_has_the_numbers_of_its_run(model, tmp_path, monkeypatch):
-    """Loss, divergence and open gates of base + adapter on the run's test text."""
+    """Loss, divergence and open gates on the run's test text: in the run's dtype, and in float32, as the other
+    scripts compute."""
     here = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "results", "smollm2")
     run = json.load(open(os.path.join(here, "results.json")))
     news, tok = os.path.abspath(os.path.join(ASSETS, "news.txt")), name_for(model.config.vocab_size, model=FOLDER)
-    sparse = Transformer.from_pretrained(FOLDER, os.path.join(here, "adapter.safetensors")).eval()
+    adapter = os.path.join(here, "adapter.safetensors")
+    flags = Flags(**run["flags"] | {"init": FOLDER, "adapter": adapter})
+    half = flags.dtype == "bfloat16"
+    as_trained = build(flags, *starting_point(flags), "cpu", half)
     monkeypatch.chdir(tmp_path)  # for data/
     text = Blocks(load_data(news, tok, run["tokens"])["test"], run["context_length"]).evenly(EVAL_SEQUENCES)
-    found = evaluate(sparse, text, 8, nullcontext, teacher=model)
-    assert found["ce"] == pytest.approx(run["ce_sparse"], rel=0.01)
-    assert found["kl"] == pytest.approx(run["kl_sparse"], rel=0.01)
-    assert found["open"] == pytest.approx(run["open_frac"], rel=0.01)
+    for sparse, amp in ((as_trained, partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=half)),
+                        (Transformer.from_pretrained(FOLDER, adapter).eval(), nullcontext)):
+        found = evaluate(sparse, text, 4, amp, teacher=model)
+        assert found["ce"] == pytest.approx(run["ce_sparse"], rel=0.01)
+        assert found["kl"] == pytest.approx(run["kl_sparse"], rel=0.01)
+        assert found["open"] == pytest.approx(run["open_frac"], rel=0.01)
