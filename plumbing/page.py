@@ -21,7 +21,7 @@ from plumbing.flags import replace_text
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
 FAINT = 0.01  # of a dense model: weaker edges are left out of the file
-SHOWN = 0.1  # where the slider starts: of the 28,350 edges of SmolLM2-135M and 14 tokens 7,559 are drawn
+SHOWN = 0.1  # where the slider starts: with all 28,350 lines of SmolLM2-135M and 14 tokens nothing could be read
 MOST = 1000  # edges of the head graph of one model; a large model's circuit may have 10,000
 
 

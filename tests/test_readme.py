@@ -319,6 +319,8 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
     missed = sum(r["best_step"] is None for r, _ in demos())
     english, smollm2, large = results("english/sparse"), results("smollm2"), results("copying-large")
     induction, by_score = results("copying-large/induction"), "edges_for_0.9_cumulative_mean_of_curves"
+    fewer = [1 - 1 / results(f"circuits/{task}")["ratio"][key] for task in ("ioi", "greater-than")
+             for key in (by_score, "edges_for_0.9_cumulative")]
     seconds = lambda r: max(r["seconds"], r["training_seconds"])  # of the last sitting, and of all
     took = [sum(seconds(results(f"{folder}{part}")) for part in ("/dense", "/control", "")) / 60
             for folder in ("demo", *(f"demo/seed{n}" for n in range(1, 5)))]
@@ -348,6 +350,7 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
             f"English bytes {english['open_frac']:.2%}, {english['ce_sparse'] - english['ce_dense_control']:.3f} above",
             f"SmolLM2-135M {smollm2['open_frac']:.2%} at KL(dense, sparse) {smollm2['kl_sparse']:.3f} nats, "
             f"CE {smollm2['ce_dense'] - smollm2['ce_sparse']:.3f} below the dense model",
+            f"both tasks with {smollm2['open_frac']:.2%} open; by score its circuits are {min(fewer):.0%} to {max(fewer):.0%} smaller",
             f"| copying model {each}, {averaged}; by effect {by_effect} |",
             f"circuits are {each} times smaller, the larger one's {induction['ratio'][by_score]:.0f} "
             f"({results('copying-large/bracket')['ratio'][by_score]:.0f} on brackets)",
