@@ -128,7 +128,7 @@ def build(flags, config, named, device, half):
     with torch.device("meta"):  # shapes without memory
         model = Transformer(config)
     if flags.lora:
-        named = lora.add(model, flags.lora, flags.seed) | named  # those of --adapter stay
+        named = lora.add(model, flags.lora, flags.seed, named) | named  # those of --adapter stay
     model.recompute = flags.recompute
     if flags.fsdp:
         return fsdp.shard(model, named, device, half)

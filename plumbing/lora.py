@@ -30,11 +30,12 @@ class Adapted(nn.Module):
         return F.linear(x, self.weight, self.bias).add_(F.linear(F.linear(x, self.lora_a), self.lora_b))
 
 
-def add(model, rank, seed=0):
+def add(model, rank, seed=0, earlier=None):
     """Freeze the model, give every matrix of its blocks an adapter and return their first weights.
 
     {name: tensor}, float32 on the CPU, with B = 0: the model computes what it did. The adapters hold no
-    values, and may be on the meta device, until these are loaded.
+    values, and may be on the meta device, until these are loaded. earlier: {name: tensor} with adapters
+    that will take their place; another rank: ValueError.
     """
     model.requires_grad_(False)
     random, first = torch.Generator().manual_seed(seed), {}
@@ -46,6 +47,9 @@ def add(model, rank, seed=0):
             a, b = adapted.lora_a.shape, adapted.lora_b.shape
             first[name + ".lora_a"] = torch.randn(a, generator=random) / math.sqrt(a[1])
             first[name + ".lora_b"] = torch.zeros(b)
+    for name in first.keys() & (earlier or {}).keys():
+        if earlier[name].shape != first[name].shape:
+            raise ValueError(f"the adapter to train on has rank {min(earlier[name].shape)}: give this to --lora, not {rank}")
     return first
 
 

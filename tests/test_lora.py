@@ -183,7 +183,7 @@ def test_an_adapter_is_trained_on_under_a_bound_on_the_divergence_from_its_base(
     assert saved["config"]["gate_bias"] == 1.5
     one, two = (load_file(f"{run}/adapter.safetensors") for run in ("first", "more"))
     assert one.keys() == two.keys() and all(0 < (one[name] - two[name]).abs().max() < 0.02 for name in one)
-    with pytest.raises(ValueError, match="has shape"):
+    with pytest.raises(ValueError, match="has rank 2: give this to --lora, not 3"):
         command(*more, "--lora", 3, "--out", "x")
     dense.config.sparse = True
     dense.save_checkpoint("gated.pt")
