@@ -50,10 +50,8 @@ def draw_studies(folder, studies, results, maps, strength, labels):
     draw_maps(rows, labels, paths["attention"])
     weight = (study.mean.abs() * study.by_effect).sum(1)[is_head]  # of the sparse model, the last
     heads = weight.argsort(descending=True)[:max(1, int((weight > 0).sum()))]
-    title = f"all {len(heads)} heads of the circuit that explains 0.9 of the effect"
-    if len(heads) > 144:
-        title = title.replace("all", "the 144 strongest of the")
-    draw_maps([row("sparse", h) for h in heads[:144].split(8)], labels, paths["circuit_heads"], title)
+    title = f"{len(heads[:48])} of the {len(heads)} heads of the circuit that explains 0.9 of the effect"
+    draw_maps([row("sparse", h) for h in heads[:48].split(8)], labels, paths["circuit_heads"], title)
     draw_tokens(strength, results["token_graph"], labels, paths["tokens"])
     return list(paths.values())
 
