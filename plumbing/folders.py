@@ -36,7 +36,7 @@ def check_folder(flags):
     out = os.path.realpath(flags.out)
     for flag, path in (("init", flags.init), ("adapter", flags.adapter), ("control", flags.control)):
         if path and os.path.exists(path):
-            folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+            folder = path if os.path.isdir(path) else os.path.dirname(os.path.realpath(path))
             if os.path.realpath(folder) == out:
                 raise ValueError(f"--out {flags.out} is the folder that --{flag} reads: give another --out")
     if flags.overwrite:

@@ -51,13 +51,14 @@ def test_the_folder_that_is_read_is_not_written(finished, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, "out/run")
     os.symlink("out/run", "link")
+    os.symlink("out/run/best.pt", "file.pt")
     before = contents("out")
     assert {"out/run/best.pt", "out/run/last.pt", "out/run/results.json"} < before.keys()
     for argv, flag in (("--init out/run --out out/run", "init"),
                        ("--init out/run/best.pt --out out/run/", "init"),
                        ("--init out/run/last.pt --out link", "init"), ("--init out/run", "init"),
                        ("--init out/run/best.pt", "init"), ("--init link/best.pt --out out/run", "init"),
-                       ("--init x --adapter out/run/best.pt --out out/run", "adapter"),
+                       ("--init x --adapter out/run/best.pt --out out/run", "adapter"), ("--init file.pt --out out/run", "init"),
                        ("--init x --control out/run --out out/run", "control")):
         for more in ("", "--overwrite", "--no-sparse --out out/run",
                      "--benchmark 2 --out out/run"):
