@@ -35,7 +35,7 @@ from sparse import fold_in
 class Flags:
     # what to read and to write
     init: str = "scratch"  # hub name, Hugging Face folder, checkpoint, or scratch
-    adapter: str | None = None  # adapter.safetensors of an earlier --lora run, on top of it; with --lora it is trained on
+    adapter: str | None = None  # adapter.safetensors of a --lora run, added to --init; with --lora its training goes on
     data: str | None = None  # fineweb (GPT-2's default), python-docs (others'), a prepared folder, or .txt files with commas
     tokenizer: str | None = None  # gpt2, bytes or a tokenizer.json; default: the model's own
     out: str | None = None  # folder for checkpoints, results.json, log.jsonl and figures
@@ -86,8 +86,8 @@ class Flags:
                 (not 0 <= self.repeat <= 1, f"--repeat {self.repeat}: give a share from 0 to 1"),
                 (self.bound == "kl" and not self.slack, "--bound kl needs a --slack above 0"),
                 (self.lora and self.init == "scratch", "--lora needs a trained --init"),
-                (self.lora and self.adapter and self.bound != "kl",
-                 "--adapter with --lora needs --bound kl: the dense model is then the base without the adapter"),
+                (self.lora and self.adapter and not (self.sparse and self.bound == "kl"),
+                 "--adapter with --lora trains gates on under --bound kl: the dense model is the base without the adapter"),
                 (self.adapter and self.init == "scratch", "--adapter needs the --init that it was trained on"),
                 (self.dry_run and self.init == "scratch", "--dry-run needs an --init: a name, folder or file")):
             if wrong:
@@ -117,7 +117,7 @@ def starting_point(flags):
         fields, named = fsdp.first_on_each_machine(lambda: weights.read_model(flags.init, flags.adapter, merge=not flags.lora))
         config = Config(**fields)
     if config.sparse and flags.sparse and (flags.tau is None or flags.bound == "kl") and not (flags.lora and flags.adapter):
-        raise ValueError(f"{flags.init} is sparse already, so it has no dense loss: give the bound itself, --tau, of --bound ce")
+        raise ValueError(f"{flags.adapter or flags.init} is sparse already, so it has no dense loss: give the bound itself, --tau, of --bound ce")
     own = config.gate_bias if config.sparse else 2.0  # most gates begin open, so the model is nearly as it was
     bias = (own if flags.gate_bias is None else flags.gate_bias) if flags.sparse else 0.0
     return replace(config, sparse=flags.sparse, gate_bias=bias), named
@@ -219,7 +219,7 @@ def train(flags, saved=None, bar=None, more=False):
     if saved:
         dense, best, trace, reached = (saved[name] for name in ("dense", "best", "trace", "reached"))
     else:
-        model.config.sparse, before = False, teacher or model  # the same weights before they get their gates
+        model.config.sparse, before = False, teacher or model  # the weights that the gates are put on, or the base
         dense = {split: measure(before, fixed[split])["ce"] for split in fixed}
         dense |= {"copying": copies(before), "accuracy": right(before)}
         model.config.sparse = flags.sparse

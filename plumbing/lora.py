@@ -5,6 +5,7 @@ A sparse model is then a file of a few MB beside its public base.
 
 import json
 import math
+import os
 import zlib
 
 import torch
@@ -49,7 +50,8 @@ def add(model, rank, seed=0, earlier=None):
             first[name + ".lora_b"] = torch.zeros(b)
     for name in first.keys() & (earlier or {}).keys():
         if earlier[name].shape != first[name].shape:
-            raise ValueError(f"the adapter to train on has rank {min(earlier[name].shape)}: give this to --lora, not {rank}")
+            old = earlier[name].shape[name.endswith("lora_b")]
+            raise ValueError(f"the adapter to train on has rank {old}: give this to --lora, not {rank}")
     return first
 
 
@@ -86,7 +88,9 @@ def save(path, adapters, base, config):
 
 
 def read(path, weights):
-    """(Config fields of the gates, {name: tensor} of the adapters); wrong file or base: ValueError."""
+    """(Config fields of the gates, {name: tensor} of the adapters); no file, a wrong file or base: ValueError."""
+    if not os.path.isfile(path):
+        raise ValueError(f"--adapter {path}: there is no such file; a train.py --lora run leaves adapter.safetensors in its --out")
     adapters, about = read_safetensors(path), read_metadata(path)
     try:
         base, gates = about["base"], json.loads(about["gates"])
@@ -94,11 +98,14 @@ def read(path, weights):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is no adapter file of train.py --lora") from None
-    for layer in sorted({name.rsplit(".", 1)[0] for name in adapters}):
-        W = weights.get(layer + ".weight")
-        if not {layer + ".lora_a", layer + ".lora_b"} <= adapters.keys():
-            raise ValueError(f"{path} lacks one of the two matrices of {layer}")
-        shape = (len(adapters[layer + ".lora_b"]), adapters[layer + ".lora_a"].shape[1])
+    layers = sorted({name.rsplit(".", 1)[0] for name in adapters})
+    if adapters.keys() != {f"{layer}.lora_{x}" for layer in layers for x in "ab"}:
+        raise ValueError(f"{path} lacks one of the two matrices of a layer, or holds others")
+    for layer in layers:
+        W, a, b = weights.get(layer + ".weight"), adapters[layer + ".lora_a"], adapters[layer + ".lora_b"]
+        if not a.dim() == b.dim() == 2 or len(a) != b.shape[1]:
+            raise ValueError(f"{path} has no two matrices of one rank for {layer}, but {[*a.shape]} and {[*b.shape]}")
+        shape = (len(b), a.shape[1])
         if W is None or W.shape != shape:
             raise ValueError(f"{path} adapts {layer}, {shape[0]} x {shape[1]}, which this base has not: "
                              "give the base that it was trained on")

@@ -29,6 +29,8 @@ class Run:
 
     def __init__(self, flags, device, context, saved=None, base=None, bar=None, more=False):
         self.flags, self.device, self.context, self.base, self.more = flags, device, context, base, more
+        if saved and saved.get("base", base) != base:
+            raise ValueError(f"--resume: {flags.init} has other weights than when the run began")
         self.bar = bar or progress([])
         self.first, self.last = saved["step"] if saved else 0, flags.steps
         self.seconds, self.rates = saved["seconds"] if saved else 0.0, []  # tokens/s of this sitting's steps
@@ -104,10 +106,12 @@ class Run:
             tqdm.write(f"step {step:6} | " + " | ".join(cells) + f" | {rate:,.0f} tokens/s")
 
     def save(self, step, model, optimizer, geco, **plain):
-        """All that --resume needs: last.pt, or the folder last with a file of each rank."""
+        """All that --resume needs: last.pt, or the folder last with a file of each rank. With --lora the adapter, too."""
+        if self.flags.lora and not plain["best"]:
+            self.export("last", step, model)
         fsdp.save(os.path.join(self.flags.out, "last"), model, optimizer, self.flags.lora > 0, self.flags.fsdp,
                   config=asdict(model.config), flags=asdict(self.flags), geco=geco.state_dict(), step=step,
-                  seconds=self.seconds, **plain)
+                  seconds=self.seconds, base=self.base, **plain)
 
     def export(self, name, step, model):
         """The model in one file NAME.pt that from_pretrained opens; with --lora the adapter."""
@@ -138,7 +142,6 @@ class Run:
         copying.accuracy finds.
         """
         if self.flags.lora and not best:  # what is reported is what the file gives, in bfloat16
-            self.export("last", self.flags.steps, model)
             fsdp.wait()  # for rank 0's file
             self.reload(model)
         elif self.flags.fsdp and not self.flags.lora:

@@ -110,10 +110,16 @@ def test_the_wrong_base_or_file_is_one_clear_line(tmp_path):
         files.write_safetensors(path, first, {"base": lora.fingerprint(weights), "gates": gates})
         with pytest.raises(ValueError, match="is no adapter file"):
             Transformer.from_pretrained(str(tmp_path / "base"), path)
-    del first["h.0.attn.c_attn.lora_b"]
-    files.write_safetensors(path, first, {"base": lora.fingerprint(weights), "gates": "{}"})
-    with pytest.raises(ValueError, match="lacks"):
-        Transformer.from_pretrained(str(tmp_path / "base"), path)
+    name, about = "h.0.attn.c_attn.lora_b", {"base": lora.fingerprint(weights), "gates": "{}"}
+    without = {other: t for other, t in first.items() if other != name}
+    for tensors, message in ((without, "lacks"), (first | {"wte.weight": weights["wte.weight"]}, "or holds others"),
+                             (first | {name: first[name][:, :2]}, r"one rank for h.0.attn.c_attn, but \[3, 32\] and \[64, 2\]"),
+                             (first | {name: first[name][0]}, r"but \[3, 32\] and \[3\]")):
+        files.write_safetensors(path, tensors, about)
+        with pytest.raises(ValueError, match=message):
+            Transformer.from_pretrained(str(tmp_path / "base"), path)
+    with pytest.raises(ValueError, match="there is no such file; a train.py --lora run leaves"):
+        Transformer.from_pretrained(str(tmp_path / "base"), str(tmp_path / "gone.safetensors"))
 
 
 def test_train_writes_an_adapter_that_every_script_reloads(tmp_path, monkeypatch):
@@ -127,6 +133,12 @@ def test_train_writes_an_adapter_that_every_script_reloads(tmp_path, monkeypatch
     command(*tuned, "--out", "whole")
     with pytest.raises(SystemExit):
         command(*tuned, "--out", "halves", "--sitting", 5)
+    weights = tmp_path / "base" / "model.safetensors"
+    content = weights.read_bytes()
+    base(tmp_path / "base", seed=1)
+    with pytest.raises(ValueError, match="base has other weights than when the run began"):
+        command("--resume", "halves")
+    weights.write_bytes(content)
     command("--resume", "halves")
     one, two = (load_file(tmp_path / out / "adapter.safetensors") for out in ("whole", "halves"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
@@ -172,6 +184,14 @@ def test_an_adapter_is_trained_on_under_a_bound_on_the_divergence_from_its_base(
     command(*flags, "--lora", 2, "--gate-bias", 1.5, "--lr", 0.1, "--steps", 4, "--out", "first")
     more = [*flags, "--adapter", "first/adapter.safetensors"]
     command(*more, "--lora", 2, "--lr", 0.01, "--steps", 1, "--out", "more")
+    sittings = [*more, "--lora", 2, "--lr", 0.01, "--steps", 2, "--seed", 1, "--tau", 1e-6]
+    command(*sittings, "--out", "whole")
+    with pytest.raises(SystemExit):
+        command(*sittings, "--sitting", 1, "--out", "stopped")
+    begun = load_file("stopped/adapter.safetensors")  # a stopped run leaves what it has, also outside the bound
+    command("--resume", "stopped")
+    one, two = (load_file(f"{run}/adapter.safetensors") for run in ("whole", "stopped"))
+    assert all(torch.equal(one[name], two[name]) and not torch.equal(two[name], begun[name]) for name in one)
     saved, results = torch.load("more/last.pt"), json.loads((tmp_path / "more/results.json").read_text())
     text, model = tokens.load_data("text.txt", "bytes"), Transformer.from_pretrained("base", "first/adapter.safetensors")
     held_out, test = (tokens.Blocks(text[split], 24).evenly(8) for split in ("val", "test"))
@@ -185,6 +205,11 @@ def test_an_adapter_is_trained_on_under_a_bound_on_the_divergence_from_its_base(
     assert one.keys() == two.keys() and all(0 < (one[name] - two[name]).abs().max() < 0.02 for name in one)
     with pytest.raises(ValueError, match="has rank 2: give this to --lora, not 3"):
         command(*more, "--lora", 3, "--out", "x")
+    with pytest.raises(ValueError, match="adapter.safetensors is sparse already.* give the bound itself, --tau, of --bound ce"):
+        command(*more, "--out", "x")
+    for wrong in (["--bound", "ce"], ["--no-sparse"]):
+        with pytest.raises(ValueError, match="--adapter with --lora trains gates on under --bound kl"):
+            command(*more, "--lora", 2, *wrong, "--out", "x")
     dense.config.sparse = True
     dense.save_checkpoint("gated.pt")
     with pytest.raises(ValueError, match="gated.pt has gates of its own"):
