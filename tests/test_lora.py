@@ -175,6 +175,19 @@ def test_train_writes_an_adapter_that_every_script_reloads(tmp_path, monkeypatch
         command(*flags, "--init", "whole/last.pt", "--out", "x")
 
 
+def test_without_gates_a_bound_on_the_divergence_has_nothing_to_learn(tmp_path):
+    """So the control of such a run is the dense model: KL 0, gradient 0."""
+    dense, (model, _, first) = base(tmp_path), adapted(tmp_path, sparse=False)
+    idx = torch.randint(257, (2, 20))
+    ce, kl, edges = train.losses(model, dense, idx, idx)
+    kl.backward()
+    assert abs(kl) < 1e-6 < ce and edges is None
+    assert all(p.grad.abs().max() < 1e-6 for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        model.h[0].attn.c_attn.lora_b += 0.1
+    assert train.losses(model, dense, idx, idx)[1] > 1e-3
+
+
 def test_an_adapter_is_trained_on_under_a_bound_on_the_divergence_from_its_base(tmp_path, monkeypatch):
     """The new run begins where the old one ended: its loss, divergence, edges and b; dense is the base alone."""
     monkeypatch.chdir(tmp_path)
