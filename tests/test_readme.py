@@ -344,13 +344,16 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
             f"copying falls to {left[1]:.0f}%, with all {number} induction heads shut to {left[2]:.0f}%",
             f"alone copy {left[4]:.0f}%; with the {needed} heads of the whole circuit it is {left[3]:.0f}%",
             f"| {minutes}, two CPU cores | {shares} open, {gaps} nats above its control |",
-            f"| {results('circuits/ioi')['seconds'] / 60:.0f} for SmolLM2",
+            f"--task ioi --fast` | heads, edges, circuits of a task | {results('circuits/ioi')['seconds'] / 60:.0f}, one CPU core |",
             f"| copying model {shares}, {gaps} nats above its control, {len(circuits)} seeds |",
             f"| 8 layers of 8 heads {large['open_frac']:.2%}, {large['ce_sparse'] - large['ce_dense_control']:.3f} above; "
             f"English bytes {english['open_frac']:.2%}, {english['ce_sparse'] - english['ce_dense_control']:.3f} above",
             f"SmolLM2-135M {smollm2['open_frac']:.2%} at KL(dense, sparse) {smollm2['kl_sparse']:.3f} nats, "
-            f"CE {smollm2['ce_dense'] - smollm2['ce_sparse']:.3f} below the dense model",
-            f"both tasks with {smollm2['open_frac']:.2%} open; by score its circuits are {min(fewer):.0%} to {max(fewer):.0%} smaller",
+            f"CE {abs(smollm2['ce_sparse'] - smollm2['ce_dense']):.3f} "
+            f"{'above' if smollm2['ce_sparse'] > smollm2['ce_dense'] else 'below'} the dense model",
+            f"with {smollm2['open_frac']:.2%} open; by score its circuits are {min(fewer):.0%} to {max(fewer):.0%} smaller",
+            f"IOI's is {results('circuits/ioi')['ratio']['edges_for_0.9']:.1f} times smaller and greater-than's "
+            f"{1 / results('circuits/greater-than')['ratio']['edges_for_0.9']:.0f} times larger",
             f"| copying model {each}, {averaged}; by effect {by_effect} |",
             f"circuits are {each} times smaller, the larger one's {induction['ratio'][by_score]:.0f} "
             f"({results('copying-large/bracket')['ratio'][by_score]:.0f} on brackets)",
@@ -396,23 +399,44 @@ def test_the_table_of_ranks_is_the_dry_run():
     assert f"{plan['bytes_per_rank']['1']['parameters']:,}" in README
 
 
-def test_the_smollm2_run_and_its_adapter_are_what_page_and_card_say():
-    folder, r = os.path.join(ROOT, "results/smollm2"), results("smollm2")
+def test_the_smollm2_runs_and_the_adapter_are_what_page_and_card_say():
+    """Two runs: results/smollm2/first, and the one that trains its adapter on."""
+    folder, r, first = os.path.join(ROOT, "results/smollm2"), results("smollm2"), results("smollm2/first")
     card, page = (" ".join(text.split()) for text in (open(os.path.join(folder, "README.md")).read(), PAGES["RESULTS.md"]))
     layers = [sum(shares) / len(shares) for shares in r["heads"]]
-    for text in (f"{r['tokens']:,} ", f"{r['seconds'] / 60:.0f} minutes on two CPU cores", f"{r['open_frac']:.2%}",
+    minutes = " and ".join(f"{run['seconds'] / 60:.0f}" for run in (first, r))
+    for text in (f"{first['tokens'] + r['tokens']:,} ", f"{minutes} minutes on two CPU cores", f"{r['open_frac']:.2%}",
                  f"{r['open_edges_per_query']:.2f} a query and head", f"{r['kl_sparse']:.3f} nats a token", f"{r['ce_sparse']:.3f}",
                  f"the dense model has {r['ce_dense']:.3f}", f"layer 0 {layers[0]:.1%}, layers 1 to 29 {sum(layers[1:]) / 29:.2%}"):
         assert text in card and text in page, text
     assert f"with {1 - r['open_frac']:.1%} of its attention edges shut" in card
-    found = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
-    found = {line["step"]: line for line in found if "val_kl" in line}
-    assert "(the dense model has a CE of 3.762, {ioi:.0%} and {greater-than:.0%})".format(**r["accuracy_dense"]) in page
-    for step in range(400, r["flags"]["steps"] + 1, 400):
-        v, (first, *others) = found[step], [sum(shares) / len(shares) for shares in found[step]["val_heads"]]
-        bound = r["tau"] * LOOSE ** min(1, max(0, (0.7 - step / r["flags"]["steps"]) / 0.6))
-        assert (f"| {step:,} | {bound:.2f} | {v['val_kl']:.3f} | {v['val_ce']:.3f} | {v['val_open']:.2%} | {first:.1%} | "
-                f"{sum(others) / 29:.2%} | {v['val_accuracy']['ioi']:.0%} | {v['val_accuracy']['greater-than']:.0%} |") in page
+    kept = dict(r["accuracy"])[r["best_step"] or r["flags"]["steps"]]
+    assert "IOI {:.0%} for the dense model's {:.0%}, greater-than {:.0%} for {:.0%}".format(
+        *(x[task] for task in ("ioi", "greater-than") for x in (kept, r["accuracy_dense"]))) in card
+    control = results("smollm2-ce/control")
+    assert "(the dense model has a CE of {:.3f}, {ioi:.0%} and {greater-than:.0%})".format(
+        control["tau"] - control["flags"]["slack"], **r["accuracy_dense"]) in page
+    assert r["ce_dense"] == first["ce_dense"] == pytest.approx(control["ce_dense"], abs=1e-4)  # in bfloat16
+    assert f"So the control has a CE of {r['ce_dense']:.3f}, and the sparse model is {abs(r['ce_sparse'] - r['ce_dense']):.3f}" in page
+    tables, rows = {}, re.findall(r"^\| ([12]) \| ([\d,]+) \| .*$", PAGES["RESULTS.md"], re.M)
+    for number, path, run in ((1, "first/log.jsonl", first), (2, "log.jsonl", r)):
+        found = [json.loads(line) for line in open(os.path.join(folder, path))]
+        tables[number] = found = {line["step"]: line for line in found if "val_kl" in line}
+        shown = [int(step.replace(",", "")) for n, step in rows if n == str(number)]
+        assert shown and shown[-1] == run["flags"]["steps"]
+        for step in shown:
+            v, (zero, *others) = found[step], [sum(shares) / len(shares) for shares in found[step]["val_heads"]]
+            loose = LOOSE ** min(1, max(0, (0.7 - step / run["flags"]["steps"]) / 0.6)) if number == 1 else 1
+            assert (f"| {number} | {step:,} | {loose * run['tau']:.2f} | {v['val_kl']:.3f} | {v['val_ce']:.3f} | {v['val_open']:.2%} | {zero:.1%} | "
+                    f"{sum(others) / 29:.2%} | {v['val_accuracy']['ioi']:.0%} | {v['val_accuracy']['greater-than']:.0%} |") in page
+    half = [v for step, v in tables[1].items() if step >= 1600]
+    shares = [100 * v["val_open"] for v in half]
+    assert f"{min(shares):.1f} to {max(shares):.1f}% stay open while the KL falls from {half[0]['val_kl']:.2f} to {half[-1]['val_kl']:.2f}" in page
+    assert {f"{v['val_lambda']:.2f}" for v in half} == {"1.36"} and "at its limit of 1.36" in page
+    noisy = [f"{100 * v['val_open']:.1f}" for step, v in tables[2].items() if step <= 1500]
+    over = [round(v["val_kl"] - r["tau"], 4) for step, v in tables[2].items() if step >= 2000]
+    assert {*noisy} == {"2.6", "2.7"} and "stands still at 2.6 to 2.7%" in page
+    assert max(over[:-1]) <= 0 and f"held from step 2,000 on, but for the last step, which misses it by {over[-1]:.4f}" in page
     path = os.path.join(folder, "adapter.safetensors")
     tensors, about = load_file(path), read_metadata(path)
     assert os.path.getsize(path) <= 10e6 and {t.dtype for t in tensors.values()} == {torch.bfloat16}
@@ -420,9 +444,10 @@ def test_the_smollm2_run_and_its_adapter_are_what_page_and_card_say():
     assert all(r["flags"]["lora"] == min(t.shape) for t in tensors.values())
     assert json.loads(about["gates"]) == {"sparse": True, "gate_bias": 2.0} and re.fullmatch("[0-9a-f]{8}", about["base"])
     assert (r["best_step"] is None) == ("none met the bound" in card) == ("No state held the bound" in page)
+    assert r["best_step"] is None or all(f"step {r['best_step']:,}" in text for text in (card, page))
     lines = re.findall(r"^python .*", open(os.path.join(folder, "README.md")).read().replace("\\\n", ""), re.M)
-    assert [" ".join(line.split()) for line in lines][0] == r["command"] and len(lines) == 3
-    assert r["command"] in page.replace("\\ ", "")
+    assert [" ".join(line.split()) for line in lines][:2] == [first["command"], r["command"]] and len(lines) == 4
+    assert all(run["command"] in " ".join(PAGES["RESULTS.md"].replace("\\\n", " ").split()) for run in (first, r))
     for line in lines:
         script, *rest = shlex.split(line)[1:]
         flags.parse(importlib.import_module(script.removesuffix(".py")).Flags, rest)
@@ -448,8 +473,14 @@ def test_the_smollm2_run_bounded_on_ce_is_the_result_files():
 
 
 def test_the_circuit_table_is_the_result_files():
-    for task in ("ioi", "greater-than", "addition"):
+    parts = re.split(r"^(?=\| [\w-]+[^|]*, \d+ prompts \|)", PAGES["RESULTS.md"], flags=re.M)[1:]
+    assert [re.match(r"\| ([\w-]+)", part)[1].lower() for part in parts] == ["ioi", "greater-than", "addition"]
+    for task, part in zip(("ioi", "greater-than", "addition"), parts):
         r = results(f"circuits/{task}")
+        models = r["dense"], r["sparse"]
+        rows = [f"{r['dense']['n']} prompts | accuracy | " + " | ".join(f"{x['accuracy']:.1%}" for x in models) + " | |",
+                "| | metric, clean / corrupt | "
+                + " | ".join(f"{x['metric_clean']:.2f} / {x['metric_corrupt']:.2f}" for x in models) + " | |"]
         for what, key in (("heads, ranked per sentence", "heads_for_0.9_per_sentence"),
                           ("heads, ranked once", "heads_for_0.9_global"),
                           ("edges by effect", "edges_for_0.9"),
@@ -458,15 +489,24 @@ def test_the_circuit_table_is_the_result_files():
             row = f"| | {what} | {r['dense'][key]:,} | {r['sparse'][key]:,} | {r['ratio'][key]:.1f}"
             if key in r["interval"]:
                 row += " ({:.2g} to {:.2g})".format(*r["interval"][key])
-            assert row + " |" in README, row
-        accuracy = f"| accuracy | {r['dense']['accuracy']:.1%} | {r['sparse']['accuracy']:.1%} | |"
-        assert f"{r['dense']['n']} prompts {accuracy}" in README
+            rows.append(row + " |")
         for kind in ("head to head", "head to MLP", "MLP to head", "MLP to MLP") * (task != "addition"):
-            cells = [f"{r[name]['classes']['score'].get(kind, 0):,} / {r[name]['classes']['effect'].get(kind, 0):,}"
-                     for name in ("dense", "sparse")]
-            assert f"| | {kind}, by score / by effect | {' | '.join(cells)} | |" in README, kind
-    graph = results("circuits/ioi")["token_graph"]
-    assert f"{graph['shut in both']:,} of the\n{sum(graph.values()):,} of the sentence" in README
+            cells = [f"{x['classes']['score'].get(kind, 0):,} / {x['classes']['effect'].get(kind, 0):,}" for x in models]
+            rows.append(f"| | {kind}, by score / by effect | {' | '.join(cells)} | |")
+        for row in rows:
+            assert row in part, (task, row)
+    graph, page = results("circuits/ioi")["token_graph"], " ".join(PAGES["RESULTS.md"].split())
+    total, clean = sum(graph.values()), graph["open in both"] + graph["closes"]
+    assert f"{graph['shut in both']:,} of the {total:,} of the sentence" in page
+    assert f"{clean:,} of them, {clean / total:.0%}, are open in the clean run" in page
+    assert f"It is {results('smollm2')['open_frac']:.2%} on texts of 128 tokens" in page
+    needed = [f"{r['dense']['edges_for_0.9']:,}|{r['sparse']['edges_for_0.9']:,}" for r in map(results, ("circuits/ioi", "circuits/greater-than"))]
+    (a, b), (c, d) = (cell.split("|") for cell in needed)
+    assert f"IOI's has {b} edges for {a}, but greater-than's has {d} for {c}" in page
+    fewer = [1 - 1 / results(f"circuits/{task}")["ratio"][key] for task in ("ioi", "greater-than") for key in (
+        "edges_for_0.9_cumulative_mean_of_curves", "edges_for_0.9_cumulative")]
+    assert f"have {100 * min(fewer):.0f} to {100 * max(fewer):.0f}% fewer edges" in page
+    assert f"of the graph's {results('circuits/ioi')['dense']['edges']:,} edges" in page
 
 
 def test_the_cost_of_edge_attribution_is_the_result_file():
