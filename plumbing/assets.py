@@ -223,7 +223,7 @@ def next_command(places):
     texts = ",".join(place for place in places.values() if place.endswith(".txt"))
     if "smollm2" in places:
         return (f"python train.py --init {places['smollm2']} --data {texts or 'FILES.txt'} --lora 16 "
-                "--lr 1e-3 --context 128 --batch-size 4 --bound kl --slack 0.1 --steps 3200 --eval-every 200 --out out/smollm2-kl")
+                "--lr 1e-3 --context 128 --batch-size 4 --bound kl --slack 0.1 --steps 3200 --eval-every 200")
     return f"python train.py --data {texts}" if texts else f"export TIKTOKEN_CACHE_DIR={places['gpt2-bpe']}"
 
 

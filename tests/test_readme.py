@@ -344,7 +344,7 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
             f"copying falls to {left[1]:.0f}%, with all {number} induction heads shut to {left[2]:.0f}%",
             f"alone copy {left[4]:.0f}%; with the {needed} heads of the whole circuit it is {left[3]:.0f}%",
             f"| {minutes}, two CPU cores | {shares} open, {gaps} nats above its control |",
-            f"--task ioi --fast` | heads, edges, circuits of a task | {results('circuits/ioi')['seconds'] / 60:.0f}, one CPU core |",
+            f"| {results('circuits/ioi')['seconds'] / 60:.0f} for SmolLM2, as on its",
             f"| copying model {shares}, {gaps} nats above its control, {len(circuits)} seeds |",
             f"| 8 layers of 8 heads {large['open_frac']:.2%}, {large['ce_sparse'] - large['ce_dense_control']:.3f} above; "
             f"English bytes {english['open_frac']:.2%}, {english['ce_sparse'] - english['ce_dense_control']:.3f} above",
