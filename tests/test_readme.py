@@ -305,7 +305,7 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
     def ratios(name):
         r = results(name)["ratio"]
         return (f"{r['edges_for_0.9_cumulative_mean_of_curves']:.1f}, {r['edges_for_0.9_cumulative']:.1f}; "
-                f"by effect {r['edges_for_0.9']:.1f}")
+                f"by effect {r['edges_for_0.9']:.2g}")
 
     def range_of(values, f=".1f"):
         return f"{min(values):{f}} to {max(values):{f}}"
@@ -486,7 +486,8 @@ def test_the_circuit_table_is_the_result_files():
                           ("edges by effect", "edges_for_0.9"),
                           ("edges by sum of scores, averaged first", "edges_for_0.9_cumulative"),
                           ("edges by sum of scores, of each sentence", "edges_for_0.9_cumulative_mean_of_curves")):
-            row = f"| | {what} | {r['dense'][key]:,} | {r['sparse'][key]:,} | {r['ratio'][key]:.1f}"
+            ratio = f"{r['ratio'][key]:{'.2g' if what == 'edges by effect' else '.1f'}}"
+            row = f"| | {what} | {r['dense'][key]:,} | {r['sparse'][key]:,} | {ratio}"
             if key in r["interval"]:
                 row += " ({:.2g} to {:.2g})".format(*r["interval"][key])
             rows.append(row + " |")
