@@ -286,6 +286,12 @@ def test_which_seeds_of_the_demo_meet_which_goal_is_the_result_files():
     assert missed == [0, 3] and [short[n] for n in missed] == [2, 1]
 
 
+def fewer_edges():
+    """Shares of the edges, by score, that SmolLM2's sparse circuits do without: two tasks, two ways to count."""
+    return [1 - 1 / results(f"circuits/{task}")["ratio"][key] for task in ("ioi", "greater-than") for key in (
+        "edges_for_0.9_cumulative_mean_of_curves", "edges_for_0.9_cumulative")]
+
+
 def test_the_first_lesson_has_the_numbers_of_the_result_files():
     """The two stories, the commands and the table beside the paper's."""
     page = " ".join(PAGES["README.md"].split())
@@ -319,8 +325,7 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
     missed = sum(r["best_step"] is None for r, _ in demos())
     english, smollm2, large = results("english/sparse"), results("smollm2"), results("copying-large")
     induction, by_score = results("copying-large/induction"), "edges_for_0.9_cumulative_mean_of_curves"
-    fewer = [1 - 1 / results(f"circuits/{task}")["ratio"][key] for task in ("ioi", "greater-than")
-             for key in (by_score, "edges_for_0.9_cumulative")]
+    fewer = fewer_edges()
     seconds = lambda r: max(r["seconds"], r["training_seconds"])  # of the last sitting, and of all
     took = [sum(seconds(results(f"{folder}{part}")) for part in ("/dense", "/control", "")) / 60
             for folder in ("demo", *(f"demo/seed{n}" for n in range(1, 5)))]
@@ -504,8 +509,7 @@ def test_the_circuit_table_is_the_result_files():
     needed = [f"{r['dense']['edges_for_0.9']:,}|{r['sparse']['edges_for_0.9']:,}" for r in map(results, ("circuits/ioi", "circuits/greater-than"))]
     (a, b), (c, d) = (cell.split("|") for cell in needed)
     assert f"IOI's has {b} edges for {a}, but greater-than's has {d} for {c}" in page
-    fewer = [1 - 1 / results(f"circuits/{task}")["ratio"][key] for task in ("ioi", "greater-than") for key in (
-        "edges_for_0.9_cumulative_mean_of_curves", "edges_for_0.9_cumulative")]
+    fewer = fewer_edges()
     assert f"have {100 * min(fewer):.0f} to {100 * max(fewer):.0f}% fewer edges" in page
     assert f"of the graph's {results('circuits/ioi')['dense']['edges']:,} edges" in page
 
