@@ -55,6 +55,7 @@ class Flags:
     bound: str = "ce"  # what is bounded: ce, or kl, the divergence KL(dense model, sparse model)
     slack: float = 0.025  # tau = CE of the control, else of the dense model, + slack; for kl slack; nats
     tau: float | None = None  # the bound itself, instead of --slack
+    noisy: float = 0.5  # share of the steps, at the beginning, with noise in the gates
     lora: int = 0  # rank of adapters on the blocks' matrices, all else frozen; 0: train everything
     # the steps
     steps: int = 3600  # optimiser steps
@@ -77,13 +78,12 @@ class Flags:
         check(self, {
             "n_layer n_head n_embd dense_steps steps context batch_size accumulate eval_every sitting": "at least 1",
             "slack lora benchmark": "not negative", "lr tau": "positive", "gate_bias": "finite", "seed": "below 2^62",
-            "bound": "ce | kl", "position": "rope | learned",
+            "repeat noisy": "from 0 to 1", "bound": "ce | kl", "position": "rope | learned",
             "device": "auto | cpu | cuda | mps", "dtype": "auto | float32 | bfloat16",
         })
         self.lr = self.lr or (2e-3 if self.init == "scratch" else 1e-4)
         self.repeat = (0.5 if self.init == "scratch" else 0.0) if self.repeat is None else self.repeat
         for wrong, message in (
-                (not 0 <= self.repeat <= 1, f"--repeat {self.repeat}: give a share from 0 to 1"),
                 (self.bound == "kl" and not self.slack, "--bound kl needs a --slack above 0"),
                 (self.lora and self.init == "scratch", "--lora needs a trained --init"),
                 (self.lora and self.adapter and not (self.sparse and self.bound == "kl"),
@@ -97,7 +97,6 @@ class Flags:
 DENSE_LR = 3e-3  # highest learning rate of the dense base from scratch
 LOOK_EVERY = 4  # steps between held-out batches for the multiplier: a tenth of the time
 LOOSE = 8  # times --slack is the slack at first; it falls between 10% and 70% of the steps
-NOISY = 0.5  # share of the steps with noise in the gates, at the beginning
 EVAL_SEQUENCES = 64  # held-out, and test, sequences of an evaluation
 
 # -----------------------------------------------------------------------------
@@ -259,7 +258,7 @@ def train(flags, saved=None, bar=None, more=False):
             first = (step * flags.accumulate + part) * flags.batch_size + fsdp.rank() * size
             idx, targets = (x.to(device) for x in blocks.batch(first, size))
             seeds = fold_in(flags.seed, torch.arange(first, first + size)).to(device)
-            seeds = seeds if step < flags.steps * NOISY else None
+            seeds = seeds if step < flags.steps * flags.noisy else None
 
             # minimise the expected share of open edges, subject to a bound on the loss
             with amp():

@@ -70,10 +70,6 @@ def softplus():
     return mock.patch.object(sparse, "choose", lambda impl, q: (softplus_form, torch.float32))
 
 
-def noise(share):
-    return lambda: mock.patch.object(train, "NOISY", share)
-
-
 # name: flags that change, and what else changes while the run goes on
 VARIANTS = {
     "as train.py does it": ({}, None),
@@ -83,9 +79,9 @@ VARIANTS = {
     "slack 0.05": ({"slack": 0.05}, None),
     "bound on KL(dense, sparse), 0.1": ({"bound": "kl", "slack": 0.1, "control": None}, None),
     "objective: mean softplus(s + b)": ({}, softplus),
-    "noise to the end": ({}, noise(1.0)),
-    "no noise in the last tenth": ({}, noise(0.9)),
-    "no noise at all": ({}, noise(0.0)),
+    "noise to the end": ({"noisy": 1.0}, None),
+    "no noise in the last tenth": ({"noisy": 0.9}, None),
+    "no noise at all": ({"noisy": 0.0}, None),
     "the slack not larger at first": ({}, lambda: mock.patch.object(train, "LOOSE", 1)),
     "q and k alone are trained": ({}, only_q_and_k),
 }

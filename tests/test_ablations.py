@@ -41,12 +41,12 @@ def test_q_and_k_alone(base, tmp_path):
 
 
 def test_nothing_of_a_variant_stays_behind(base, tmp_path):
-    build, choose, noisy = train.build, sparse.choose, train.NOISY
+    build, choose = train.build, sparse.choose
     for _, patch in ablations.VARIANTS.values():
         if patch:
             with patch():
                 pass
-    assert (build, choose, noisy) == (train.build, sparse.choose, train.NOISY) and train.LOOSE == 8
+    assert (build, choose) == (train.build, sparse.choose) and train.LOOSE == 8
     assert moved(base, tmp_path)["wte.weight"].any()
 
 
@@ -78,7 +78,5 @@ def test_noise_until_a_share_of_the_steps(base, tmp_path, monkeypatch, share, no
     seeds, forward = [], train.Transformer.forward
     monkeypatch.setattr(train.Transformer, "forward", lambda model, *args, seed=None, **more: (
         seeds.append(seed is not None and torch.is_grad_enabled()), forward(model, *args, seed=seed, **more))[1])
-    base.out = str(tmp_path)
-    with ablations.noise(share)():
-        train.train(base)
+    train.train(replace(base, out=str(tmp_path), noisy=share))
     assert sum(seeds) == noisy
