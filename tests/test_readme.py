@@ -357,8 +357,8 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
             f"CE {abs(smollm2['ce_sparse'] - smollm2['ce_dense']):.3f} "
             f"{'above' if smollm2['ce_sparse'] > smollm2['ce_dense'] else 'below'} the dense model",
             f"with {smollm2['open_frac']:.2%} open; by score its circuits are {min(fewer):.0%} to {max(fewer):.0%} smaller",
-            f"IOI's is {results('circuits/ioi')['ratio']['edges_for_0.9']:.1f} times smaller and greater-than's "
-            f"{1 / results('circuits/greater-than')['ratio']['edges_for_0.9']:.0f} times larger",
+            "By effect, on {} prompts, they are not: dense needs {:.2g} and {:.2g} times the edges".format(
+                results("circuits/ioi")["dense"]["n"], *(results(f"circuits/{task}")["ratio"]["edges_for_0.9"] for task in ("ioi", "greater-than"))),
             f"| copying model {each}, {averaged}; by effect {by_effect} |",
             f"circuits are {each} times smaller, the larger one's {induction['ratio'][by_score]:.0f} "
             f"({results('copying-large/bracket')['ratio'][by_score]:.0f} on brackets)",
@@ -420,6 +420,7 @@ def test_the_smollm2_runs_and_the_adapter_are_what_page_and_card_say():
     kept = dict(r["accuracy"])[r["best_step"] or r["flags"]["steps"]]
     assert "IOI {:.0%} for the dense model's {:.0%}, greater-than {:.0%} for {:.0%}".format(
         *(x[task] for task in ("ioi", "greater-than") for x in (kept, r["accuracy_dense"]))) in card
+    assert f"on 64 the adapter gets {kept['ioi']:.0%} of IOI right, the dense model {r['accuracy_dense']['ioi']:.0%}" in page
     control = results("smollm2-ce/control")
     assert "(the dense model has a CE of {:.3f} at the context of runs 1 and 2, {ioi:.0%} and {greater-than:.0%})".format(
         control["tau"] - control["flags"]["slack"], **r["accuracy_dense"]) in page
@@ -519,7 +520,7 @@ def test_the_circuit_table_is_the_result_files():
     assert f"It is {results('smollm2')['open_frac']:.2%} on texts of {results('smollm2')['context_length']} tokens" in page
     needed = [f"{r['dense']['edges_for_0.9']:,}|{r['sparse']['edges_for_0.9']:,}" for r in map(results, ("circuits/ioi", "circuits/greater-than"))]
     (a, b), (c, d) = (cell.split("|") for cell in needed)
-    assert f"IOI's has {b} edges for {a}, but greater-than's has {d} for {c}" in page
+    assert f"IOI's has {b} edges for the dense one's {a}, greater-than's {d} for {c}" in page
     fewer = fewer_edges()
     assert f"have {100 * min(fewer):.0f} to {100 * max(fewer):.0f}% fewer edges" in page
     assert f"of the graph's {results('circuits/ioi')['dense']['edges']:,} edges" in page
