@@ -45,7 +45,7 @@ def test_its_loss_is_that_of_transformers(model):
 
 def test_the_committed_adapter_has_the_numbers_of_its_run(model, tmp_path, monkeypatch):
     """Loss, divergence and open gates on the run's test text: in the run's dtype, and in float32, as the other
-    scripts compute."""
+    scripts compute. There the KL is up to .002 nats less, because bfloat16's rounding of the two models is counted in it."""
     here = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "results", "smollm2")
     run = json.load(open(os.path.join(here, "results.json")))
     news, tok = os.path.abspath(os.path.join(ASSETS, "news.txt")), name_for(model.config.vocab_size, model=FOLDER)
@@ -55,9 +55,10 @@ def test_the_committed_adapter_has_the_numbers_of_its_run(model, tmp_path, monke
     as_trained = build(flags, *starting_point(flags), "cpu", half)
     monkeypatch.chdir(tmp_path)  # for data/
     text = Blocks(load_data(news, tok, run["tokens"])["test"], run["context_length"]).evenly(EVAL_SEQUENCES)
-    for sparse, amp in ((as_trained, partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=half)),
-                        (Transformer.from_pretrained(FOLDER, adapter).eval(), nullcontext)):
+    autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=half)
+    for sparse, amp, rounding in ((as_trained, autocast, 0.0),
+                                  (Transformer.from_pretrained(FOLDER, adapter).eval(), nullcontext, 0.002)):
         found = evaluate(sparse, text, 4, amp, teacher=model)
         assert found["ce"] == pytest.approx(run["ce_sparse"], rel=0.01)
-        assert found["kl"] == pytest.approx(run["kl_sparse"], rel=0.01)
+        assert found["kl"] == pytest.approx(run["kl_sparse"], rel=0.01, abs=rounding)
         assert found["open"] == pytest.approx(run["open_frac"], rel=0.01)
