@@ -66,8 +66,8 @@ def parse(flags, argv=None, doc=None):
 def check(flags, rules):
     """ValueError in one line unless the flags are as the table says: {"names": what they must be}.
 
-    A rule is "at least 1", "not negative", "positive", "finite", "from 0 to 1", "below 2^62", or "a | b | c". A flag
-    that is None was not given.
+    A rule is "at least 1", "not negative", "positive", "finite", "from 0 to 1", "below 2^62", or
+    "a | b | c". A flag that is None was not given.
     """
     holds = {"at least 1": lambda x: x >= 1, "not negative": lambda x: 0 <= x < math.inf,
              "positive": lambda x: 0 < x < math.inf, "finite": math.isfinite,
