@@ -55,6 +55,7 @@ class Flags:
     bound: str = "ce"  # what is bounded: ce, or kl, the divergence KL(dense model, sparse model)
     slack: float = 0.025  # tau = CE of the control, else of the dense model, + slack; for kl slack; nats
     tau: float | None = None  # the bound itself, instead of --slack
+    lam_max: float = 0.5  # limit of the multiplier's growth (geco.py); higher, if a bound stays just out of reach
     noisy: float = 0.5  # share of the steps, at the beginning, with noise in the gates
     lora: int = 0  # rank of adapters on the blocks' matrices, all else frozen; 0: train everything
     # the steps
@@ -77,8 +78,8 @@ class Flags:
     def __post_init__(self):
         check(self, {
             "n_layer n_head n_embd dense_steps steps context batch_size accumulate eval_every sitting": "at least 1",
-            "slack lora benchmark": "not negative", "lr tau": "positive", "gate_bias": "finite", "seed": "below 2^62",
-            "repeat noisy": "from 0 to 1", "bound": "ce | kl", "position": "rope | learned",
+            "slack lora benchmark": "not negative", "lr tau": "positive", "lam_max": "at least 0.01", "gate_bias": "finite",
+            "seed": "below 2^62", "repeat noisy": "from 0 to 1", "bound": "ce | kl", "position": "rope | learned",
             "device": "auto | cpu | cuda | mps", "dtype": "auto | float32 | bfloat16",
         })
         self.lr = self.lr or (2e-3 if self.init == "scratch" else 1e-4)
@@ -234,7 +235,7 @@ def train(flags, saved=None, bar=None, more=False):
     optimizer = torch.optim.AdamW([  # matrices decay, vectors do not
         {"params": [p for p in model.parameters() if p.requires_grad and (p.dim() > 1) == decays],
          "weight_decay": 0.1 * decays} for decays in (True, False)], betas=(0.9, 0.95), fused=True)
-    geco = GECO(tau(0), nu=0.01 * LOOK_EVERY, ema=0.95**LOOK_EVERY)
+    geco = GECO(tau(0), nu=0.01 * LOOK_EVERY, ema=0.95**LOOK_EVERY, lam_max=flags.lam_max)
     if saved:
         fsdp.load(saved, model, optimizer, trained_only=flags.lora > 0)
         geco.load_state_dict(saved["geco"])

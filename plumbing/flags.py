@@ -66,12 +66,12 @@ def parse(flags, argv=None, doc=None):
 def check(flags, rules):
     """ValueError in one line unless the flags are as the table says: {"names": what they must be}.
 
-    A rule is "at least 1", "not negative", "positive", "finite", "from 0 to 1", "below 2^62", or
-    "a | b | c". A flag that is None was not given.
+    A rule is "at least 1", "at least 0.01", "not negative", "positive", "finite", "from 0 to 1",
+    "below 2^62", or "a | b | c". A flag that is None was not given.
     """
-    holds = {"at least 1": lambda x: x >= 1, "not negative": lambda x: 0 <= x < math.inf,
-             "positive": lambda x: 0 < x < math.inf, "finite": math.isfinite,
-             "from 0 to 1": lambda x: 0 <= x <= 1, "below 2^62": lambda x: abs(x) < 2**62}
+    holds = {"at least 1": lambda x: x >= 1, "at least 0.01": lambda x: 0.01 <= x < math.inf,
+             "not negative": lambda x: 0 <= x < math.inf, "positive": lambda x: 0 < x < math.inf,
+             "finite": math.isfinite, "from 0 to 1": lambda x: 0 <= x <= 1, "below 2^62": lambda x: abs(x) < 2**62}
     for names, rule in rules.items():
         for name in names.split():
             value, choices = getattr(flags, name), rule.split(" | ")

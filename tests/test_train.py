@@ -346,16 +346,16 @@ def test_without_repeats_nobody_asks_which_tokens_can_be_copied(base, tmp_path, 
 
 
 @pytest.mark.parametrize("tau", [1e-9, 1e9])
-@pytest.mark.parametrize("bound", ["ce", "kl"])
-def test_a_bound_that_is_far_off_never_errs(tau, bound, base, tmp_path):
+@pytest.mark.parametrize("bound, lam_max", [("ce", 0.5), ("kl", 0.5), ("kl", 5.0)])
+def test_a_bound_that_is_far_off_never_errs(tau, bound, lam_max, base, tmp_path):
     """lambda stays within its limits and goes the right way, whether no state is within the bound or each."""
-    command(*SMALL, "--init", base, "--bound", bound, "--tau", tau, "--steps", 9, "--eval-every",
-            5,
-            "--lr", "1e-2", "--out", tmp_path)
-    geco, lambdas = GECO(tau), [line["lambda"] for line in log_of(tmp_path, "lambda")]
+    command(*SMALL, "--init", base, "--bound", bound, "--tau", tau, "--lam-max", lam_max, "--steps", 9,
+            "--eval-every", 5, "--lr", "1e-2", "--out", tmp_path)
+    geco, lambdas = GECO(tau, lam_max=lam_max), [line["lambda"] for line in log_of(tmp_path, "lambda")]
     low, high = math.exp(geco.log_min - geco.kp), math.exp(geco.log_max + geco.kp)
     assert all(low <= x <= high * (1 + 1e-9) for x in lambdas)
     assert lambdas[-1] > 0.5 if tau < 1 else lambdas[-1] < 0.2
+    assert (last_of(tmp_path)["geco"]["h"] > math.log(0.5)) == (tau < 1 and lam_max > 0.5)  # the start is the default's limit
     results = results_of(tmp_path)
     assert results["tau"] == tau and (results["best_step"] is None) == (tau < 1)
 
@@ -427,6 +427,8 @@ def error_of(argv, capsys, monkeypatch):
         (["--repeat", "1.5"], "--repeat must be from 0 to 1, got 1.5"),
         (["--repeat", "nan"], "--repeat must be from 0 to 1, got nan"),
         (["--noisy", "1.5"], "--noisy must be from 0 to 1, got 1.5"),
+        (["--lam-max", "0.001"], "--lam-max must be at least 0.01, got 0.001"),
+        (["--lam-max", "nan"], "--lam-max must be at least 0.01, got nan"),
         (["--context", "12"], "does not come twice in a context of 12: give --context 16 or more, or --repeat 0"),
         (["--position", "alibi"], "--position must be one of rope, learned"),
         (["--n-head", "3"], "n_embd 128 must be a multiple of n_head 3"),
