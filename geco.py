@@ -37,8 +37,8 @@ class GECO:
     The defaults suit language models, where 0.06 nats are a violation that matters. nu: exp(h) changes
     by a factor of e in 100 updates at most. ema: averages over 20 updates, which is less. kp: a full
     violation counts for a factor of e at once. lam_min, lam_max bound exp(h); lambda goes a factor of
-    exp(kp) beyond. So a bound that is out of reach for a while does not stop the penalty, which keeps
-    40% of the loss, and lambda soon finds its way back from below.
+    exp(kp) beyond. So while a bound is out of reach, the penalty keeps 40% of the loss, and lambda is
+    soon back. The price: with exp(h) at lam_max only kp e pushes, and a bound that needs more is missed.
     """
 
     def __init__(self, tau, nu=0.01, kp=1.0, ema=0.95, width=0.06, lam=0.5, lam_min=0.01, lam_max=0.5):
