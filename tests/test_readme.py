@@ -357,7 +357,7 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
             f"CE {abs(smollm2['ce_sparse'] - smollm2['ce_dense']):.3f} "
             f"{'above' if smollm2['ce_sparse'] > smollm2['ce_dense'] else 'below'} the dense model",
             f"with {smollm2['open_frac']:.2%} open; by score its circuits are {min(fewer):.0%} to {max(fewer):.0%} smaller",
-            "By effect, on {} prompts, they are not: dense needs {:.2g} and {:.2g} times the edges".format(
+            "By effect {} prompts show no difference: dense needs {:.2g} and {:.2g} times the edges".format(
                 results("circuits/ioi")["dense"]["n"], *(results(f"circuits/{task}")["ratio"]["edges_for_0.9"] for task in ("ioi", "greater-than"))),
             f"| copying model {each}, {averaged}; by effect {by_effect} |",
             f"circuits are {each} times smaller, the larger one's {induction['ratio'][by_score]:.0f} "
@@ -370,6 +370,8 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
             f"| 8 layers of 8 heads {ratios('copying-large/induction')} |", f"| SmolLM2 {ratios('circuits/ioi')} |",
             f"| SmolLM2 {ratios('circuits/greater-than')} |"):
         assert text in page, text
+    assert all(low < 1 < high for low, high in (results(f"circuits/{task}")["interval"]["edges_for_0.9"]
+                                                for task in ("ioi", "greater-than"))), "a difference shows"
 
 
 def test_the_memory_table_follows_from_the_measurement():
