@@ -357,7 +357,7 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
             f"CE {abs(smollm2['ce_sparse'] - smollm2['ce_dense']):.3f} "
             f"{'above' if smollm2['ce_sparse'] > smollm2['ce_dense'] else 'below'} the dense model",
             f"with {smollm2['open_frac']:.2%} open; by score its circuits are {min(fewer):.0%} to {max(fewer):.0%} smaller",
-            "By effect {} prompts show no difference: dense needs {:.2g} and {:.2g} times the edges".format(
+            "By effect {} prompts show no gain: dense needs {:.2g} and {:.2g} times the edges".format(
                 results("circuits/ioi")["dense"]["n"], *(results(f"circuits/{task}")["ratio"]["edges_for_0.9"] for task in ("ioi", "greater-than"))),
             f"| copying model {each}, {averaged}; by effect {by_effect} |",
             f"circuits are {each} times smaller, the larger one's {induction['ratio'][by_score]:.0f} "
@@ -370,8 +370,8 @@ def test_the_first_lesson_has_the_numbers_of_the_result_files():
             f"| 8 layers of 8 heads {ratios('copying-large/induction')} |", f"| SmolLM2 {ratios('circuits/ioi')} |",
             f"| SmolLM2 {ratios('circuits/greater-than')} |"):
         assert text in page, text
-    assert all(low < 1 < high for low, high in (results(f"circuits/{task}")["interval"]["edges_for_0.9"]
-                                                for task in ("ioi", "greater-than"))), "a difference shows"
+    assert all(low < 1 <= high for low, high in (results(f"circuits/{task}")["interval"]["edges_for_0.9"]
+                                                for task in ("ioi", "greater-than"))), "they do not hold 1"
 
 
 def test_the_memory_table_follows_from_the_measurement():
@@ -542,7 +542,7 @@ def test_the_circuit_table_is_the_result_files():
     assert f"It is {results('smollm2')['open_frac']:.2%} on texts of {results('smollm2')['context_length']} tokens" in page
     needed = [f"{r['dense']['edges_for_0.9']:,}|{r['sparse']['edges_for_0.9']:,}" for r in map(results, ("circuits/ioi", "circuits/greater-than"))]
     (a, b), (c, d) = (cell.split("|") for cell in needed)
-    assert f"IOI's has {b} edges for the dense one's {a}, greater-than's {d} for {c}" in page
+    assert f"IOI's has {b} edges for the dense one's {a}, greater-than's {d} for {c} (" in page
     fewer = fewer_edges()
     assert f"have {100 * min(fewer):.0f} to {100 * max(fewer):.0f}% fewer edges" in page
     assert f"of the graph's {results('circuits/ioi')['dense']['edges']:,} edges" in page
