@@ -543,6 +543,16 @@ def test_the_circuit_table_is_the_result_files():
     needed = [f"{r['dense']['edges_for_0.9']:,}|{r['sparse']['edges_for_0.9']:,}" for r in map(results, ("circuits/ioi", "circuits/greater-than"))]
     (a, b), (c, d) = (cell.split("|") for cell in needed)
     assert f"IOI's has {b} edges for the dense one's {a}, greater-than's {d} for {c} (" in page
+    ioi, later = results("circuits/ioi"), results("circuits/greater-than")
+    edges, kinds = later["sparse"]["curves"]["edges"], [later[model]["classes"]["score"] for model in ("sparse", "dense")]
+    there = dict(zip(edges["requested"], edges["explained_effect"]))[later["dense"]["edges_for_0.9"]]
+    between = [kind["head to head"] for kind in kinds]
+    for text in (f"(there the sparse one carries {there:.3f}), in {later['sparse']['heads_in_circuit']} heads for {later['dense']['heads_in_circuit']}",
+                 f"{between[0] / between[1]:.0%} of the edges between heads are left by score ({between[0]:,} for {between[1]:,})",
+                 "between MLPs ({} for {})".format(*(kind["MLP to MLP"] for kind in kinds)),
+                 f"takes {ioi['seconds'] / 60:.0f} minutes (IOI) and {later['seconds'] / 60:.0f} (greater-than) on one CPU core"):
+        assert text in page, text
+    assert later["interval"]["edges_for_0.9"][1] == 1 and "greater-than's as its upper end" in page
     fewer = fewer_edges()
     assert f"have {100 * min(fewer):.0f} to {100 * max(fewer):.0f}% fewer edges" in page
     assert f"of the graph's {results('circuits/ioi')['dense']['edges']:,} edges" in page
