@@ -55,7 +55,7 @@ class Flags:
     bound: str = "ce"  # what is bounded: ce, or kl, the divergence KL(dense model, sparse model)
     slack: float = 0.025  # tau = CE of the control, else of the dense model, + slack; for kl slack; nats
     tau: float | None = None  # the bound itself, instead of --slack
-    lam_max: float = 0.5  # limit of the multiplier's growth (geco.py); higher, if a bound stays just out of reach
+    lam_max: float = 0.5  # the multiplier at the start, and its limit (geco.py); higher, if a bound stays out of reach
     noisy: float = 0.5  # share of the steps, at the beginning, with noise in the gates
     lora: int = 0  # rank of adapters on the blocks' matrices, all else frozen; 0: train everything
     # the steps
@@ -236,7 +236,7 @@ def train(flags, saved=None, bar=None, more=False):
         {"params": [p for p in model.parameters() if p.requires_grad and (p.dim() > 1) == decays],
          "weight_decay": 0.1 * decays} for decays in (True, False)],
         betas=(0.9, 0.999 if flags.lora else 0.95), fused=True)  # adapters see small batches, so squares are averaged for longer
-    geco = GECO(tau(0), nu=0.01 * LOOK_EVERY, ema=0.95**LOOK_EVERY, lam_max=flags.lam_max)
+    geco = GECO(tau(0), nu=0.01 * LOOK_EVERY, ema=0.95**LOOK_EVERY, lam=flags.lam_max, lam_max=flags.lam_max)
     if saved:
         fsdp.load(saved, model, optimizer, trained_only=flags.lora > 0)
         geco.load_state_dict(saved["geco"])

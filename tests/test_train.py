@@ -351,11 +351,11 @@ def test_a_bound_that_is_far_off_never_errs(tau, bound, lam_max, base, tmp_path)
     """lambda stays within its limits and goes the right way, whether no state is within the bound or each."""
     command(*SMALL, "--init", base, "--bound", bound, "--tau", tau, "--lam-max", lam_max, "--steps", 9,
             "--eval-every", 5, "--lr", "1e-2", "--out", tmp_path)
-    geco, lambdas = GECO(tau, lam_max=lam_max), [line["lambda"] for line in log_of(tmp_path, "lambda")]
+    geco, lambdas = GECO(tau, lam=lam_max, lam_max=lam_max), [line["lambda"] for line in log_of(tmp_path, "lambda")]
     low, high = math.exp(geco.log_min - geco.kp), math.exp(geco.log_max + geco.kp)
     assert all(low <= x <= high * (1 + 1e-9) for x in lambdas)
-    assert lambdas[-1] > 0.5 if tau < 1 else lambdas[-1] < 0.2
-    assert (last_of(tmp_path)["geco"]["h"] > math.log(0.5)) == (tau < 1 and lam_max > 0.5)  # the start is the default's limit
+    assert lambdas[-1] > lam_max if tau < 1 else lambdas[-1] < 0.4 * lam_max
+    assert (last_of(tmp_path)["geco"]["h"] < geco.log_max) == (tau > 1)  # it starts at its limit
     results = results_of(tmp_path)
     assert results["tau"] == tau and (results["best_step"] is None) == (tau < 1)
 
