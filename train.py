@@ -232,10 +232,9 @@ def train(flags, saved=None, bar=None, more=False):
     tau = lambda step: flags.tau or slack(step) + float(np.interp(step, *zip(*reached)))
 
     # optimiser and multiplier, which looks at one step in LOOK_EVERY and so moves further at a time
-    optimizer = torch.optim.AdamW([  # matrices decay, vectors do not
-        {"params": [p for p in model.parameters() if p.requires_grad and (p.dim() > 1) == decays],
-         "weight_decay": 0.1 * decays} for decays in (True, False)],
-        betas=(0.9, 0.999 if flags.lora else 0.95), fused=True)  # adapters see small batches, so squares are averaged for longer
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad and (p.dim() > 1) == decays],
+               "weight_decay": 0.1 * decays} for decays in (True, False)]  # matrices decay, vectors do not
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999 if flags.lora else 0.95), fused=True)  # adapters: small batches
     geco = GECO(tau(0), nu=0.01 * LOOK_EVERY, ema=0.95**LOOK_EVERY, lam=flags.lam_max, lam_max=flags.lam_max)
     if saved:
         fsdp.load(saved, model, optimizer, trained_only=flags.lora > 0)
