@@ -306,7 +306,7 @@ def test_the_divergence_is_from_the_dense_model_that_it_began_as(more, base, tmp
     trace = last_of(tmp_path / "open")["trace"]
     assert trace[0]["open"] == 1 and abs(trace[0]["kl"]) < 1e-6
     out = tmp_path / "out"
-    command(*SMALL, "--init", base, "--bound", "kl", "--steps", 10, "--lr", 0.1, "--tau", 99,
+    command(*SMALL, "--init", base, "--bound", "kl", "--steps", 10, "--lr", 0.2, "--tau", 99,
             *more, "--out", out)
     dense = Transformer.from_pretrained(base)
     model = (Transformer.from_pretrained(base, str(out / "adapter.safetensors")) if more
