@@ -87,8 +87,7 @@ class Flags:
         for wrong, message in (
                 (self.bound == "kl" and not self.slack, "--bound kl needs a --slack above 0"),
                 (self.lora and self.init == "scratch", "--lora needs a trained --init"),
-                (self.lora and self.adapter and not (self.sparse and self.bound == "kl"),
-                 "--adapter with --lora trains gates on under --bound kl: the dense model is the base without the adapter"),
+                (self.lora and self.adapter and not self.sparse, "--adapter with --lora trains gates on: leave --no-sparse out"),
                 (self.adapter and self.init == "scratch", "--adapter needs the --init that it was trained on"),
                 (self.dry_run and self.init == "scratch", "--dry-run needs an --init: a name, folder or file")):
             if wrong:
@@ -208,9 +207,9 @@ def train(flags, saved=None, bar=None, more=False):
     fixed = {split: tokens.Blocks(data[split], context).evenly(EVAL_SEQUENCES) for split in ("val", "test")}
     fingerprint = folders.fingerprint(blocks, fixed, saved)
 
-    # model, and for a bound on the divergence the dense model beside it
+    # model, and beside it the dense one: for a bound on the divergence, or because --adapter has changed the weights
     model, teacher = build(flags, config, named, device, half), None
-    if flags.bound == "kl" and flags.sparse:
+    if flags.sparse and (flags.bound == "kl" or (flags.lora and flags.adapter and not saved)):
         apart = {name: t.clone() for name, t in named.items() if "lora" not in name}  # training changes `named`
         teacher = build(replace(flags, lora=0), replace(config, sparse=False), apart, device, half)
     measure = partial(evaluate, batch_size=flags.batch_size, amp=amp)
@@ -222,7 +221,7 @@ def train(flags, saved=None, bar=None, more=False):
         model.config.sparse, before = False, teacher or model  # the weights that the gates are put on, or the base
         dense = {split: measure(before, fixed[split])["ce"] for split in fixed}
         dense |= {"copying": copies(before), "accuracy": right(before)}
-        model.config.sparse = flags.sparse
+        model.config.sparse, teacher = flags.sparse, teacher if flags.bound == "kl" else None
         best, trace = None, [{"step": 0} | measure(model, fixed["val"], teacher=teacher) | {"accuracy": right(model)}]
     control = folders.read_control(flags.control, flags, dense["test"]) if flags.control else None
     if not saved:  # [step, nats]: what the control had reached by then, else what this model has

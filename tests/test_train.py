@@ -417,7 +417,7 @@ def error_of(argv, capsys, monkeypatch):
         (["--init", "BASE", "--gate-bias", "nan"], "--gate-bias must be finite"),
         (["--init", "BASE", "--sitting", "0"], "--sitting must be at least 1"),
         (["--init", "BASE", "--control", "nowhere"], "--control nowhere: no results.json"),
-        (["--init", "BASE", "--lora", "2", "--adapter", "a"], "--adapter with --lora trains gates on under --bound kl"),
+        (["--init", "BASE", "--lora", "2", "--adapter", "a", "--no-sparse"], "--adapter with --lora trains gates on"),
         (["--init", "BASE", "--adapter", "nowhere"], "nowhere"),
         (["--init", "BASE", "--seed", str(2**62)], "--seed must be below 2^62"),
         (["--lora", "2"], "--lora needs a trained --init"),
