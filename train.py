@@ -207,22 +207,23 @@ def train(flags, saved=None, bar=None, more=False):
     fixed = {split: tokens.Blocks(data[split], context).evenly(EVAL_SEQUENCES) for split in ("val", "test")}
     fingerprint = folders.fingerprint(blocks, fixed, saved)
 
-    # model, and beside it the dense one: for a bound on the divergence, or because --adapter has changed the weights
-    model, teacher = build(flags, config, named, device, half), None
-    if flags.sparse and (flags.bound == "kl" or (flags.lora and flags.adapter and not saved)):
+    # model, and beside it the dense one: to bound the divergence, or to measure it where --adapter has changed the weights
+    model, dense_model = build(flags, config, named, device, half), None
+    if flags.sparse and (flags.bound == "kl" or (flags.lora and flags.adapter)):
         apart = {name: t.clone() for name, t in named.items() if "lora" not in name}  # training changes `named`
-        teacher = build(replace(flags, lora=0), replace(config, sparse=False), apart, device, half)
+        dense_model = build(replace(flags, lora=0), replace(config, sparse=False), apart, device, half)
+    teacher = dense_model if flags.bound == "kl" else None
     measure = partial(evaluate, batch_size=flags.batch_size, amp=amp)
     copies = partial(copying.accuracy, tok=tok, context=context if flags.repeat else 0, amp=amp)
     right = partial(tasks.accuracies, asked=tasks.asked(tok), amp=amp)  # on tasks of text, along the way
     if saved:
         dense, best, trace, reached = (saved[name] for name in ("dense", "best", "trace", "reached"))
     else:
-        model.config.sparse, before = False, teacher or model  # the weights that the gates are put on, or the base
+        model.config.sparse, before = False, dense_model or model  # the weights that the gates are put on, or the base
         dense = {split: measure(before, fixed[split])["ce"] for split in fixed}
         dense |= {"copying": copies(before), "accuracy": right(before)}
-        model.config.sparse, teacher = flags.sparse, teacher if flags.bound == "kl" else None
-        best, trace = None, [{"step": 0} | measure(model, fixed["val"], teacher=teacher) | {"accuracy": right(model)}]
+        model.config.sparse = flags.sparse
+        best, trace = None, [{"step": 0} | measure(model, fixed["val"], teacher=dense_model) | {"accuracy": right(model)}]
     control = folders.read_control(flags.control, flags, dense["test"]) if flags.control else None
     if not saved:  # [step, nats]: what the control had reached by then, else what this model has
         reached = [[0, 0.0]] if teacher else control["trace"] if control else [[0, dense["val"]]]
@@ -291,7 +292,7 @@ def train(flags, saved=None, bar=None, more=False):
 
         # every so often: evaluate, keep the sparsest state within the bound, save
         if (step + 1) % flags.eval_every == 0 or step + 1 == flags.steps:
-            point = {"step": step + 1} | measure(model, fixed["val"], teacher=teacher) | {"accuracy": right(model)}
+            point = {"step": step + 1} | measure(model, fixed["val"], teacher=dense_model) | {"accuracy": right(model)}
             run.require_finite(step + 1, held_out_loss=point["ce"])
             if flags.sparse:
                 point |= {"lambda": geco.lam, "ce_sampled": measure(model, fixed["val"], sampled=True)["ce"]}
@@ -305,14 +306,14 @@ def train(flags, saved=None, bar=None, more=False):
     if run.last < flags.steps:  # the end of a sitting, or Ctrl-C
         save(run.last, best=best, trace=trace)
     if flags.sparse and fsdp.rank() == 0:
-        figures.draw_training(flags.out, trace, best, tau(flags.steps), dense["val"], control, context)
+        figures.draw_training(flags.out, trace, best, flags.bound, tau(flags.steps), dense["val"], control, context)
     if run.last < flags.steps:
         run.leave(run.last)
     results = run.costs() | {"tau": tau(flags.steps), "ce_dense": dense["test"], "copying_dense": dense["copying"],
                              "accuracy_dense": dense.get("accuracy"),  # checkpoints of older versions have none
                              "accuracy": [[point["step"], point.get("accuracy")] for point in trace]}
     results |= {"ce_dense_control": control["ce"], "copying_dense_control": control["copying"]} if control else {}
-    results |= run.report(model, partial(measure, blocks=fixed["test"], teacher=teacher), copies, best, trace)
+    results |= run.report(model, partial(measure, blocks=fixed["test"], teacher=dense_model), copies, best, trace)
     runs.print_results(results)
     if fsdp.rank() == 0:
         print("wrote", write_results(flags.out, started, device, **results))

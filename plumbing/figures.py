@@ -241,14 +241,13 @@ def draw_geco(trace, expected, path):
 LOSSES = {"ce": "CE", "kl": "KL(dense, sparse)"}
 
 
-def draw_training(folder, trace, best, tau, ce_dense, control, context):
+def draw_training(folder, trace, best, bounded, tau, ce_dense, control, context):
     """ce_open.png, heads.png and lambda.png in the run's folder, from the evaluations so far.
 
-    trace, best: dicts of train.py's evaluations; ce_dense, tau in nats; control: its results or None.
+    trace, best: dicts of train.py's evaluations; bounded: ce or kl; ce_dense, tau in nats; control: its results or None.
     """
     opened, steps = [100 * p["open"] for p in trace], [p["step"] for p in trace]
-    bounded = "kl" if "kl" in trace[0] else "ce"
-    losses = ["ce"] if bounded == "ce" else ["ce", "kl"]
+    losses = [name for name in LOSSES if name in trace[0]]
     sampled = [p for p in trace if "ce_sampled" in p]
     figure = Figure(figsize=(7 + 4 * (len(losses) - 1), 4.2), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(losses), squeeze=False)[0], losses):

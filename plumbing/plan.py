@@ -86,7 +86,7 @@ def memory(model, flags, world, half, context, per_sequence):
     batch = max(1, flags.batch_size // world)
     loss = loss_bytes(config, batch * context, half, head_trains=trained == n)
     loss -= 4 * config.vocab_size * config.n_embd * (trained == n)  # the gradient is in "gathered" already
-    beside = flags.bound == "kl" and flags.sparse  # the dense model, with its logits
+    beside = flags.sparse and (flags.bound == "kl" or bool(flags.lora and flags.adapter))  # the dense model, with its logits
     loss += batch * context * config.vocab_size * width * beside
     return {
         "weights": 4 * n * (1 + beside) // world,

@@ -116,7 +116,7 @@ def test_the_axis_of_open_edges_has_plain_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "save_figure", keep)
     trace = [{"step": n, "ce": 2.0 - n, "open": share, "lambda": 0.05 * (n + 1), "heads": [[share]]}
              for n, share in enumerate((0.007, 0.004))]
-    figures.draw_training(str(tmp_path), trace, None, 1.2, 2.0, None, 32)
+    figures.draw_training(str(tmp_path), trace, None, "ce", 1.2, 2.0, None, 32)
     for name in ("ce_open.png", "lambda.png"):
         assert {"0.4", "0.6"} <= set(labels[name]) and not any("e" in text for text in labels[name]), labels[name]
 
