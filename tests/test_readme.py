@@ -542,6 +542,7 @@ def test_the_smollm2_runs_bounded_on_ce_are_what_the_page_says():
             assert (f"| {number} | {step:,} | {bound:.3f} | {v['val_ce']:.3f} | {v['val_kl']:.3f} | {v['val_open']:.2%} | "
                     f"{v['val_open'] * 257 / 2:.2f} | {zero:.1%} | {sum(others) / 29:.2%} | "
                     f"{v['val_accuracy']['ioi']:.0%} | {v['val_accuracy']['greater-than']:.0%} |") in page
+    assert f"with a CE {control['ce_dense'] - control['ce']:.3f} below the dense model's" in page
     at = found[7][600]
     assert (f"At step 600 it has {at['val_open']:.2%} open and a CE of {at['val_ce']:.3f}, {control['trace'][0][1] - at['val_ce']:.3f} "
             "below the dense model's, and is right on all 64 prompts of IOI") in page and at["val_accuracy"]["ioi"] == 1
